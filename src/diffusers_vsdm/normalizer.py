@@ -1,0 +1,76 @@
+"""Standardising data: an optional component of a pipeline, so that a swap of schedulers changes no units."""
+
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+
+class DataNormalizer(ModelMixin, ConfigMixin):
+    """Affine map between data and the units in which a model was trained: `(x - mean) / std`.
+
+    The statistics stay float32 when a pipeline is cast to half precision.
+
+    Args:
+        shape (`tuple[int, ...]`): Shape of the statistics, broadcastable to one sample: `(d,)` or `(C, 1, 1)`.
+
+    Attributes (buffers):
+        mean, std: Statistics in data units, shape `shape`; 0 and 1 at first.
+    """
+
+    config_name = "config.json"
+
+    mean: Tensor
+    std: Tensor
+
+    @register_to_config
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.register_to_config(shape=list(shape))
+        self.register_buffer("mean", torch.zeros(tuple(shape)))
+        self.register_buffer("std", torch.ones(tuple(shape)))
+
+    @classmethod
+    def from_data(cls, data: Tensor, shape: tuple[int, ...] | None = None) -> "DataNormalizer":
+        """Fit to samples of shape `(n, *event_shape)`.
+
+        Args:
+            data (`Tensor`): At least two samples.
+            shape (`tuple[int, ...]`, *optional*): Shape of the statistics; dimensions of size 1 are pooled. Defaults to
+                the shape of one sample.
+
+        Raises:
+            ValueError: Fewer than two samples, values that are not finite, or a dimension that does not vary.
+        """
+        event_shape = tuple(data.shape[1:])
+        shape = event_shape if shape is None else tuple(shape)
+        if len(shape) != len(event_shape) or any(n not in (1, size) for n, size in zip(shape, event_shape)):
+            raise ValueError(f"`shape` {shape} does not broadcast to samples of shape {event_shape}.")
+        if len(data) < 2 or not torch.isfinite(data).all():
+            raise ValueError("`data` must hold at least two samples and neither NaN nor infinite values.")
+        pooled = [0] + [dim + 1 for dim, (n, size) in enumerate(zip(shape, event_shape)) if n != size]
+        std, mean = torch.std_mean(data.double(), pooled, keepdim=True)
+        if not (std > 0).all():
+            raise ValueError("`data` has a dimension that does not vary: drop it, or pool it with others by `shape`.")
+        normalizer = cls(shape)
+        normalizer.mean.copy_(mean[0])
+        normalizer.std.copy_(std[0])
+        return normalizer
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "DataNormalizer":
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+    def normalize(self, data: Tensor) -> Tensor:
+        """Data units to model units, shape `(n, *event_shape)`; computed in float32 at least, of `data`'s type."""
+        return ((data - self.mean) / self.std).to(data.dtype)
+
+    def denormalize(self, samples: Tensor) -> Tensor:
+        """Model units to data units; half precision samples come back in float32."""
+        return samples * self.std + self.mean

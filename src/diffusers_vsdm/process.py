@@ -1,0 +1,120 @@
+r"""The forward process of a variational Schrödinger diffusion model, in closed form.
+
+The multivariate Ornstein-Uhlenbeck process of Eq. 11 with a diagonal, time-invariant drift (Corollary 1) is, in each
+coordinate,
+
+$$ dx = -\tfrac12 \lambda \beta_t x \, dt + \sqrt{\beta_t} \, dw , \qquad g_t := \int_0^t \beta_s \, ds , $$
+
+so that $x_t = a_t x_0 + s_t \epsilon$ with
+
+$$ a_t = e^{-\lambda g_t / 2} , \qquad s_t^2 = \int_0^{g_t} e^{-\lambda u} du = \frac{1 - e^{-\lambda g_t}}{\lambda} . $$
+
+$\lambda = 1$ is the variance-preserving process of DDPM, with $g_t = -\log \bar\alpha_t$ for any table of betas;
+$\lambda = 0$ is the variance-exploding process, $a = 1$ and $s^2 = g$.
+
+Every function here is elementwise and pure. `lam` is $\lambda$ and `g` is the integrated $\beta$ at some time; they are
+tensors that broadcast against each other, and the results have the broadcast shape and the promoted type. Times
+themselves appear only in the schedules, where $t$ lies in [0, 1].
+
+References:
+    Deng et al. (2024), "Variational Schrödinger Diffusion Models", ICML: equation numbers below.
+    Song et al. (2021), "Score-Based Generative Modeling through Stochastic Differential Equations".
+    Ho et al. (2020), "Denoising Diffusion Probabilistic Models".
+"""
+
+import torch
+from torch import Tensor
+
+
+# Schedules: g as a function of time ---------------------------------------------------------------------------------
+
+
+def power_law_beta(t: Tensor, beta_min: float, beta_max: float, power: float) -> Tensor:
+    r"""$\beta_t = \beta_{min} + t^r (\beta_{max} - \beta_{min})$ for $t \in [0, 1]$, with $r$ the `power`."""
+    return beta_min + t**power * (beta_max - beta_min)
+
+
+def power_law_integrated_beta(t: Tensor, beta_min: float, beta_max: float, power: float) -> Tensor:
+    r"""$g_t = \beta_{min} t + (\beta_{max} - \beta_{min}) t^{r+1} / (r+1)$, the integral of [`power_law_beta`]."""
+    return beta_min * t + (beta_max - beta_min) * t ** (power + 1) / (power + 1)
+
+
+def integrated_beta(betas: Tensor) -> Tensor:
+    r"""$g_k = -\log \bar\alpha_k = -\sum_{j \le k} \log(1 - \beta_j)$ of a discrete DDPM table, shape `(N,)`.
+
+    A final beta of 1 (zero terminal SNR) gives an infinite last entry.
+    """
+    return -torch.cumsum(torch.log1p(-betas), dim=0)
+
+
+def discrete_betas(g: Tensor) -> Tensor:
+    r"""The DDPM table $\beta_k = 1 - e^{-(g_k - g_{k-1})}$ whose [`integrated_beta`] is `g`, shape `(N,)`."""
+    return -torch.expm1(-torch.diff(g, prepend=g.new_zeros(1)))
+
+
+# Transition: p(x_t | x_0), Eq. 13 to 15 and Corollary 1 ---------------------------------------------------------------
+
+
+def mean_scale(lam: Tensor, g: Tensor) -> Tensor:
+    r"""$a = e^{-\lambda g / 2}$ (Eq. 13)."""
+    # 0 * inf: a variance-exploding process keeps its mean for ever
+    return torch.where(lam == 0, 1.0, torch.exp(-0.5 * lam * g))
+
+
+def variance(lam: Tensor, g: Tensor) -> Tensor:
+    r"""$s^2 = (1 - e^{-\lambda g}) / \lambda$, continued by $g$ at $\lambda = 0$ (Eq. 14 for a diagonal drift)."""
+    safe = torch.where(lam == 0, 1.0, lam)
+    return torch.where(lam == 0, g, -torch.expm1(-safe * g) / safe)
+
+
+def std(lam: Tensor, g: Tensor) -> Tensor:
+    r"""$s$, the square root of [`variance`]; $L_t$ of Eq. 15 for a diagonal drift."""
+    return variance(lam, g).sqrt()
+
+
+def conditional_score(eps: Tensor, s: Tensor) -> Tensor:
+    r"""$\nabla \log p(x_t | x_0) = -\epsilon / s_t$ (Eq. 15); with a network's $\hat\epsilon$ it is the learned score."""
+    return -eps / s
+
+
+# Prior ----------------------------------------------------------------------------------------------------------------
+
+
+def marginal_moments(lam: Tensor, g: Tensor, data_mean: Tensor, data_variance: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Mean $a m$ and variance $a^2 v + s^2$ of $x_t$, for data with mean $m$ and variance $v$ in each dimension."""
+    a = mean_scale(lam, g)
+    return a * data_mean, a**2 * data_variance + variance(lam, g)
+
+
+# Reverse time ---------------------------------------------------------------------------------------------------------
+
+
+def posterior(lam: Tensor, g: Tensor, g_next: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The Gaussian $q(x_r | x_t, x_0)$ for $r < t$, with `g` at $t$ and `g_next` at $r$.
+
+    With $a_{t|r}, s_{t|r}$ the transition from $r$ to $t$, its mean is
+
+    $$ \frac{a_{t|r} s_r^2}{s_t^2} x_t + \frac{a_r s_{t|r}^2}{s_t^2} x_0 $$
+
+    and its variance $s_r^2 s_{t|r}^2 / s_t^2$. With $\lambda = 1$ these are Eq. 6 and 7 of Ho et al. (2020).
+
+    Returns:
+        The coefficient of $x_t$, the coefficient of $x_0$, and the variance.
+    """
+    s2, s2_next = variance(lam, g), variance(lam, g_next)
+    s2_step = variance(lam, g - g_next)
+    return mean_scale(lam, g - g_next) * s2_next / s2, mean_scale(lam, g_next) * s2_step / s2, s2_next * s2_step / s2
+
+
+def ode_drift(lam: Tensor, x: Tensor, score: Tensor) -> Tensor:
+    r"""$-\frac12 (\lambda x + \nabla \log p_t(x))$: the probability flow $dx/dg$ of Eq. 18, in the clock $dg = \beta dt$."""
+    return -0.5 * (lam * x + score)
+
+
+def sde_drift(lam: Tensor, x: Tensor, score: Tensor) -> Tensor:
+    r"""$-\frac12 \lambda x - \nabla \log p_t(x)$: the drift of the backward SDE (Eq. 17) in the clock $dg = \beta dt$.
+
+    The noise of that SDE has unit variance per unit of $g$, so that an Euler-Maruyama step back by $\Delta g$ is
+    `x - dg * sde_drift(...) + sqrt(dg) * xi` (Eq. 22, whose printed form lacks $x_n$ and has the wrong sign).
+    """
+    return -0.5 * lam * x - score

@@ -1,0 +1,652 @@
+"""`VSDMScheduler`: the process, its drift and its solvers behind the contract of Diffusers' schedulers."""
+
+import copy
+import functools
+import operator
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
+from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import hf_hub_download
+from torch import Tensor
+
+from .. import process
+from ..drift import AdaptiveDiagonalDrift
+from ..solvers import SOLVERS, Coefficients
+from .grids import SPACINGS, custom_grid, inference_grid
+from .parameterization import PARAMETERIZATIONS
+
+
+# nested, and with a dot in the folder's name: otherwise the Hub's download filter takes the file for model weights
+DRIFT_FOLDER, DRIFT_FILE = "vsdm.drift", "drift.safetensors"
+
+PRIORS = ("conditional", "marginal")
+FINAL_SIGMAS = ("zero", "sigma_min")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+# the "log" spellings of Diffusers mean the same standard deviation
+FIXED_LARGE = ("fixed_large", "fixed_large_log")
+LEARNED = ("learned", "learned_range")
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", *FIXED_LARGE, *LEARNED)
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass
+class VSDMSchedulerOutput(BaseOutput):
+    """Output of [`VSDMScheduler.step`].
+
+    Args:
+        prev_sample (`torch.Tensor` of shape `(batch_size, *event_shape)`): The sample at the next, less noisy time.
+        pred_original_sample (`torch.Tensor` of the same shape): The predicted data, after clipping.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
+
+
+class _ConfigOfDrift(FrozenDict):
+    """A scheduler's configuration that still refers to the live drift, so that `from_config` can keep it."""
+
+    drift: AdaptiveDiagonalDrift | None = None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Per network call: a and s at the call's time and the solver's coefficients, as lists of tensors."""
+
+    a: list[Tensor]
+    s: list[Tensor]
+    terms: dict[str, list[Tensor]]
+    log_variance: tuple[list[Tensor], list[Tensor]] | None
+
+
+class VSDMScheduler(SchedulerMixin, ConfigMixin):
+    r"""Scheduler of variational Schrödinger diffusion models: an Ornstein-Uhlenbeck process with one rate per dimension.
+
+    It takes every argument of [`~diffusers.DDPMScheduler`] with the same meaning, so that
+    `VSDMScheduler.from_config(pipe.scheduler.config)` works in existing code; without a drift, or with a neutral one, it
+    gives that scheduler's samples. Times are integer training steps: index k of N means t = (k + 1) / N in [0, 1].
+
+    Args:
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: The table of
+            betas, as in `DDPMScheduler`; it fixes $g_k = -\log \bar\alpha_k$. See also [`from_power_law`].
+        variance_type (`str`, defaults to `"fixed_small"`): Variance of the `ddpm` solver's noise.
+        clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: Clipping of the
+            predicted data, as in `DDPMScheduler`.
+        prediction_type (`str`, defaults to `"epsilon"`): `epsilon`, `sample`, `v_prediction` ($v = a \epsilon - s x_0$) or
+            `score`.
+        timestep_spacing, steps_offset: As in `DDPMScheduler`.
+        solver (`str`, defaults to `"ddpm"`): Key of [`SOLVERS`]. It is never inferred from a foreign configuration.
+        prior_type (`str`, defaults to `"conditional"`): Law of the first sample: `"conditional"` $N(0, s_T^2)$, the law of
+            $x_T$ given $x_0 = 0$, or `"marginal"` $N(a_T m, a_T^2 v + s_T^2)$ with the drift's moments of the data.
+        final_sigmas_type (`str`, defaults to `"zero"`): Whether sampling ends at the data (`"zero"`) or at the first
+            training time (`"sigma_min"`).
+        drift_sha256 (`str`, *optional*): Digest of the drift that belongs to this configuration; written by the
+            scheduler itself. See [`set_drift`].
+
+    References:
+        Deng et al. (2024), "Variational Schrödinger Diffusion Models", ICML.
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        solver: str = "ddpm",
+        prior_type: str = "conditional",
+        final_sigmas_type: str = "zero",
+        drift_sha256: str | None = None,
+    ):
+        choices = {
+            "beta_schedule": (beta_schedule, BETA_SCHEDULES),
+            "variance_type": (variance_type, VARIANCE_TYPES),
+            "prediction_type": (prediction_type, tuple(PARAMETERIZATIONS)),
+            "timestep_spacing": (timestep_spacing, tuple(SPACINGS)),
+            "solver": (solver, tuple(SOLVERS)),
+            "prior_type": (prior_type, PRIORS),
+            "final_sigmas_type": (final_sigmas_type, FINAL_SIGMAS),
+        }
+        for name, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
+        if trained_betas is not None and len(trained_betas) != num_train_timesteps:
+            raise ValueError(
+                f"`trained_betas` has {len(trained_betas)} entries and `num_train_timesteps` is {num_train_timesteps}:"
+                " they must agree."
+            )
+        # Diffusers' own tables, so that they are the same to the last bit
+        self.betas = DDPMScheduler(
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            trained_betas=trained_betas,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+        ).betas
+        if not ((self.betas > 0) & (self.betas <= 1)).all() or (self.betas[:-1] == 1).any():
+            raise ValueError("The betas must lie in (0, 1); only the last may be 1 (zero terminal SNR).")
+        self.integrated_beta = process.integrated_beta(self.betas.double())
+        self.alphas_cumprod = torch.exp(-self.integrated_beta).float()
+
+        self._solver = SOLVERS[solver]
+        self.order = self._solver.calls_per_step
+        self._drift: AdaptiveDiagonalDrift | None = None
+        self._caches: dict[Any, Any] = {}
+        self._prior_was_used = False
+        self.num_inference_steps: int | None = None
+        self._set_grid(np.arange(num_train_timesteps - 1, -2, -1) if self._to_data else np.arange(num_train_timesteps)[::-1])
+
+    # Construction, saving and loading ---------------------------------------------------------------------------------
+
+    @classmethod
+    def from_power_law(
+        cls,
+        beta_min: float = 0.1,
+        beta_max: float = 10.0,
+        power: float = 1.7,
+        num_train_timesteps: int = 100,
+        **kwargs: Any,
+    ) -> "VSDMScheduler":
+        r"""A scheduler with the paper's $\beta_t = \beta_{min} + t^r (\beta_{max} - \beta_{min})$, t in [0, 1].
+
+        The table is stored as `trained_betas`, which every stock scheduler understands.
+
+        Args:
+            beta_min, beta_max (`float`): Rates per unit of time, 0 < beta_min <= beta_max.
+            power (`float`, defaults to 1.7): The exponent r, not negative.
+            num_train_timesteps (`int`, defaults to 100): Training times N.
+            kwargs: Other arguments of the class.
+        """
+        if not 0 < beta_min <= beta_max or not power >= 0:
+            raise ValueError(
+                "The power law needs 0 < beta_min <= beta_max and power >= 0, got"
+                f" beta_min={beta_min}, beta_max={beta_max}, power={power}."
+            )
+        t = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+        g = process.power_law_integrated_beta(t, beta_min, beta_max, power)
+        betas = process.discrete_betas(g).tolist()
+        return cls(num_train_timesteps=num_train_timesteps, trained_betas=betas, **kwargs)
+
+    @property
+    def drift(self) -> AdaptiveDiagonalDrift | None:
+        r"""The drift, or None for the neutral $\lambda = 1$. It may be changed in place at any time."""
+        return self._drift
+
+    def set_drift(self, drift: AdaptiveDiagonalDrift | None) -> None:
+        """Make `drift` this scheduler's own: it is used, saved and loaded with it from now on, and not copied."""
+        if drift is not None and not isinstance(drift, AdaptiveDiagonalDrift):
+            raise TypeError(f"`drift` must be an AdaptiveDiagonalDrift or None, got {type(drift).__name__}.")
+        self._drift = drift
+        self._caches.clear()
+
+    @property
+    def config(self) -> FrozenDict:
+        """The configuration, with the digest of the drift as it is now; it refers to the live drift."""
+        digest = None if self._drift is None else self._cached("digest", self._drift.digest)
+        if self._internal_dict.get("drift_sha256") != digest:
+            unused = [key for key in self._internal_dict.get("_use_default_values", []) if key != "drift_sha256"]
+            self.register_to_config(drift_sha256=digest, _use_default_values=unused)
+        config = _ConfigOfDrift(self._internal_dict)
+        object.__setattr__(config, "drift", self._drift)
+        return config
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in Diffusers; the drift of `config` (of a live scheduler) or `drift=` comes along, copied.
+
+        Raises:
+            ValueError: The configuration names a drift by its digest, and no such drift is at hand.
+        """
+        drift = kwargs.pop("drift", getattr(config, "drift", None))
+        digest = kwargs.get("drift_sha256", config.get("drift_sha256") if isinstance(config, dict) else None)
+        if "drift_sha256" in kwargs and digest is None:
+            drift = None
+        if digest is not None and drift is None:
+            raise ValueError(
+                f"The configuration belongs to a learned drift (drift_sha256={digest[:12]}...) that did not come with"
+                " it. Pass `scheduler.config` itself, `drift=scheduler.drift`, or load with `from_pretrained`; to go"
+                " without the drift, pass `drift_sha256=None`."
+            )
+        result = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        scheduler = result[0] if return_unused_kwargs else result
+        scheduler.set_drift(copy.deepcopy(drift))
+        return result
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write the configuration and, beside it, the drift."""
+        _ = self.config  # brings the digest up to date
+        if self._drift is not None:
+            self._drift.save_file(Path(save_directory) / DRIFT_FOLDER / DRIFT_FILE)
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None = None,
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load the configuration and its drift from a folder or the Hub, as any Diffusers scheduler.
+
+        Raises:
+            FileNotFoundError: The configuration names a drift and its file is missing.
+            ValueError: The drift's file is damaged, or is another drift.
+        """
+        hub_keys = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+        hub_kwargs = {key: kwargs[key] for key in hub_keys if key in kwargs}
+        config, kwargs, commit = cls.load_config(
+            pretrained_model_name_or_path,
+            subfolder=subfolder,
+            return_unused_kwargs=True,
+            return_commit_hash=True,
+            **kwargs,
+        )
+        if config.get("drift_sha256") is not None and "drift" not in kwargs:
+            if commit is not None:
+                hub_kwargs["revision"] = commit
+            kwargs["drift"] = cls._load_drift(str(pretrained_model_name_or_path), subfolder, config, hub_kwargs)
+        return cls.from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @staticmethod
+    def _load_drift(source: str, subfolder: str | None, config: dict, hub_kwargs: dict) -> AdaptiveDiagonalDrift:
+        folder = Path(source).parent if os.path.isfile(source) else Path(source)
+        if folder.is_dir():
+            inner = folder / (subfolder or "")
+            path = (inner if (inner / VSDMScheduler.config_name).is_file() else folder) / DRIFT_FOLDER / DRIFT_FILE
+        else:
+            nested = "/".join(part for part in (subfolder, DRIFT_FOLDER) if part)
+            path = Path(hf_hub_download(source, filename=DRIFT_FILE, subfolder=nested, **hub_kwargs))
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"The scheduler's configuration names a learned drift, but {path} is missing. Copy the whole"
+                f" scheduler folder with its {DRIFT_FOLDER}/, or pass `drift_sha256=None` to go without the drift."
+            )
+        drift = AdaptiveDiagonalDrift.load_file(path)
+        if drift.digest() != config["drift_sha256"]:
+            raise ValueError(
+                f"The drift file {path} is not the one that the configuration names (drift_sha256 differs): the"
+                " files come from two different saves."
+            )
+        return drift
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _to_data(self) -> bool:
+        return self._internal_dict["final_sigmas_type"] == "zero"
+
+    def _cached(self, key: Any, make: Any) -> Any:
+        """`make()`, kept until the drift changes."""
+        drift = self._drift
+        version = None if drift is None else tuple((id(b), b._version) for b in drift.buffers())
+        if self._caches.get("version", ()) != version:
+            self._caches = {"version": version}
+        if key not in self._caches:
+            self._caches[key] = make()
+        return self._caches[key]
+
+    def _lam(self) -> Tensor:
+        """Lambda in float64; a scalar where it is the same for all dimensions."""
+        if self._drift is None:
+            return torch.ones((), dtype=torch.float64)
+        return self._drift.lam.reshape(()) if self._drift.lam.numel() == 1 else self._drift.lam
+
+    def _g(self, k: np.ndarray | Tensor, lam: Tensor) -> Tensor:
+        """The integrated beta at training times `k` (-1 is the data), shaped to broadcast against `lam`."""
+        table = torch.cat([self.integrated_beta, self.integrated_beta.new_zeros(1)])  # index -1 is the last
+        return table[torch.as_tensor(np.ascontiguousarray(k))].reshape(-1, *[1] * lam.ndim)
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    @property
+    def init_noise_sigma(self) -> float | Tensor:
+        """Standard deviation of the first sample, for pipelines that start from `randn * init_noise_sigma`.
+
+        1 without a drift, as in `DDPMScheduler`. Such a pipeline has no place for the prior's mean: see
+        [`sample_prior`].
+        """
+        self._prior_was_used = True
+        return 1.0 if self._drift is None else self._prior_moments()[1].float()
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the next step in `timesteps`, counted from the begin index; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index of the first step, set by [`set_begin_index`]."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at this index of `timesteps` and count from there, instead of looking every timestep up."""
+        if not 0 <= begin_index < len(self.timesteps):
+            raise ValueError(f"`begin_index` must lie in [0, {len(self.timesteps)}), got {begin_index}.")
+        self._begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Choose the training times of a sampling run, and make its tables.
+
+        Args:
+            num_inference_steps (`int`, *optional*): Number of steps. Solvers with several network calls in a step
+                (`heun`) make `calls_per_step * num_inference_steps - 1` calls, and repeat timesteps accordingly.
+            device (`str` or `torch.device`, *optional*): Where to put `timesteps`.
+            timesteps (`list[int]`, *optional*): The times themselves, falling, instead of a number.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("Pass exactly one of `num_inference_steps` and `timesteps`.")
+        if timesteps is not None:
+            grid = custom_grid(timesteps, len(self), self._to_data)
+        else:
+            config = self._internal_dict
+            grid = inference_grid(
+                num_inference_steps, len(self), config["timestep_spacing"], config["steps_offset"], self._to_data
+            )
+        self.num_inference_steps = len(grid) - 1
+        self._set_grid(grid, device)
+
+    def _set_grid(self, grid: np.ndarray, device: str | torch.device | None = None) -> None:
+        self._grid = grid
+        calls = self._solver.calls_per_step
+        visited = np.repeat(grid[:-1], calls)[calls - 1 :]
+        self.timesteps = torch.from_numpy(visited).to(device)
+        # the last position of a repeated time is where a step starts
+        self._positions = {int(k): i for i, k in enumerate(visited)}
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._held: Tensor | None = None
+        self._caches.pop("coefficients", None)
+        for key in [key for key in self._caches if isinstance(key, tuple) and key[0] == "rows"]:
+            del self._caches[key]
+
+    def index_for_timestep(self, timestep: int | Tensor) -> int:
+        """Position in `timesteps` at which a step from `timestep` starts."""
+        k = int(timestep)
+        if k not in self._positions:
+            raise ValueError(
+                f"`timestep` {k} is not one of this run's timesteps, which go from {int(self.timesteps[0])} to"
+                f" {int(self.timesteps[-1])}: take it from `scheduler.timesteps`, or call `set_timesteps` first."
+            )
+        return self._positions[k]
+
+    def previous_timestep(self, timestep: int | Tensor) -> int:
+        """The training time that a step from `timestep` arrives at; -1 is the data."""
+        return int(self._grid[np.flatnonzero(self._grid == int(self.timesteps[self.index_for_timestep(timestep)]))[0] + 1])
+
+    def _next_index(self, timestep: int | Tensor) -> int:
+        """Index of the row for this call; counts where it can, looks up where calls may come in any order."""
+        if self._step_index is None:
+            first = self._begin_index
+            self._step_index = self.index_for_timestep(timestep) if first is None else first
+        elif self._begin_index is None and self._solver.calls_per_step == 1:
+            self._step_index = self.index_for_timestep(timestep)
+        if self._step_index >= len(self.timesteps):
+            raise ValueError(
+                f"`step` was called more often than the {len(self.timesteps)} times of this run: call `set_timesteps`"
+                " before the next one."
+            )
+        return self._step_index
+
+    def _coefficients(self) -> tuple[Tensor, Tensor, Coefficients, tuple[Tensor, Tensor]]:
+        """For each network call: a, s, the solver's coefficients, and the smallest and largest posterior variance."""
+        lam = self._lam()
+        g, g_next = self._g(self._grid[:-1], lam), self._g(self._grid[1:], lam)
+        calls = self._solver.calls_per_step
+        at_call = g.repeat_interleave(calls, 0)[calls - 1 :]
+        a, s = process.mean_scale(lam, at_call), process.std(lam, at_call)
+        if (a == 0).any() and self._internal_dict["prediction_type"] in ("epsilon", "score"):
+            raise ValueError(
+                f"`prediction_type` {self._internal_dict['prediction_type']!r} says nothing about the data where the"
+                " signal is zero (zero terminal SNR, or lambda * g too large): train with 'v_prediction' or 'sample'."
+            )
+        coefficients = self._solver.coefficients(lam, g, g_next)
+        if not all(column is None or torch.isfinite(column).all() for column in vars(coefficients).values()):
+            raise ValueError(
+                f"`solver` {self._internal_dict['solver']!r} has no finite first step from a zero terminal SNR: use"
+                " 'ddpm' or 'ddim' with a positive lambda, or a table without `rescale_betas_zero_snr`."
+            )
+        small = process.posterior(lam, g, g_next)[2].clamp(min=1e-20)  # Diffusers' floor, for its logarithm
+        return a, s, coefficients, (small, process.variance(lam, g - g_next))
+
+    def _rows(self, device: torch.device, dtype: torch.dtype) -> _Rows:
+        """The tables of this run in the type and place of the sample, made at the first step after a change."""
+
+        def place(table: Tensor) -> list[Tensor]:
+            return list((table.to(dtype) if table.ndim == 1 else table.to(device, dtype)).unbind(0))
+
+        def make() -> _Rows:
+            a, s, coefficients, (small, large) = self._cached("coefficients", self._coefficients)
+            terms = dict(vars(coefficients))
+            variance_type = self._internal_dict["variance_type"]
+            learned = self._internal_dict["solver"] == "ddpm" and variance_type in LEARNED
+            if self._internal_dict["solver"] == "ddpm" and variance_type in FIXED_LARGE:
+                terms["noise"] = large.sqrt()
+            return _Rows(
+                a=place(a),
+                s=place(s),
+                terms={name: place(table) for name, table in terms.items() if table is not None},
+                log_variance=(place(small.log()), place(large.log())) if learned else None,
+            )
+
+        return self._cached(("rows", device, dtype), make)
+
+    def _marginal(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """a and s at a batch of training times, shaped to broadcast against `like` of shape `(batch, *event_shape)`."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            lam = self._lam()
+            g = self._g(np.arange(len(self)), lam)
+            dtype = torch.float32 if like.dtype.itemsize < 4 else like.dtype
+            return tuple(f(lam, g).to(like.device, dtype) for f in (process.mean_scale, process.std))
+
+        timesteps = torch.as_tensor(timesteps, device=like.device).reshape(-1)
+        if timesteps.is_floating_point() or timesteps.numel() not in (1, len(like)):
+            raise ValueError(
+                f"`timesteps` must be integer training steps, one or one for each of {len(like)} samples, got"
+                f" {timesteps.numel()} of type {timesteps.dtype}."
+            )
+        if timesteps.device.type == "cpu" and not ((timesteps >= 0) & (timesteps < len(self))).all():
+            raise ValueError(f"`timesteps` must lie in [0, {len(self)}), got {timesteps.tolist()}.")
+        tables = self._cached(("marginal", like.device, like.dtype), make)
+        shape = [-1, *[1] * (like.ndim - 1)] if tables[0].ndim == 1 else [-1, *tables[0].shape[1:]]
+        return tuple(table[timesteps].reshape(shape) for table in tables)
+
+    def _check_event(self, sample: Tensor, name: str = "sample") -> None:
+        if self._drift is not None and tuple(sample.shape[1:]) != self._drift.event_shape:
+            raise ValueError(
+                f"`{name}` has shape {tuple(sample.shape)}, but the drift is for (batch, "
+                f"{', '.join(map(str, self._drift.event_shape))})."
+            )
+
+    # Forward process --------------------------------------------------------------------------------------------------
+
+    def marginal_scales(self, sample: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        r"""$a_t$ and $s_t$ of $x_t = a_t x_0 + s_t \epsilon$, broadcastable to `sample` (Corollary 1).
+
+        Args:
+            sample (`Tensor`): Samples `(batch, *event_shape)`, for shape, device and type (float32 at least).
+            timesteps (`Tensor`): Integer training steps `(batch,)`, or one for all.
+        """
+        self._check_event(sample)
+        return self._marginal(timesteps, sample)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        r"""$x_t = a_t x_0 + s_t \epsilon$ (Eq. 13 to 15).
+
+        Args:
+            original_samples, noise (`Tensor`): Data and standard normal noise, `(batch, *event_shape)`.
+            timesteps (`Tensor`): Integer training steps, `(batch,)`.
+        """
+        a, s = self.marginal_scales(original_samples, timesteps)
+        return (a * original_samples + s * noise).to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        r"""$v = a_t \epsilon - s_t x_0$, the target of `v_prediction`; shapes as in [`add_noise`]."""
+        a, s = self.marginal_scales(sample, timesteps)
+        return PARAMETERIZATIONS["v_prediction"].target(sample, noise, a, s).to(sample.dtype)
+
+    def get_score(self, model_output: Tensor, timesteps: Tensor | int, sample: Tensor) -> Tensor:
+        r"""The score $-\hat\epsilon / s_t$ of Eq. 17 and 18 that a network's output stands for, without clipping.
+
+        Args:
+            model_output, sample (`Tensor`): The network's output and its input $x_t$, `(batch, *event_shape)`.
+            timesteps (`Tensor` or `int`): Integer training steps, `(batch,)` or one for all.
+        """
+        a, s = self.marginal_scales(sample, timesteps)
+        eps = PARAMETERIZATIONS[self._internal_dict["prediction_type"]].eps(model_output, sample, a, s)
+        return process.conditional_score(eps, s)
+
+    # Sampling ---------------------------------------------------------------------------------------------------------
+
+    def _prior_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the first sample, at the first timestep of the run; float64."""
+        lam = self._lam()
+        g = self.integrated_beta[int(self._grid[0])]
+        drift = self._drift
+        if self._internal_dict["prior_type"] == "marginal" and drift is not None:
+            mean, variance = process.marginal_moments(lam, g, drift.data_mean, drift.data_variance)
+            return mean, variance.sqrt()
+        s = process.std(lam, g)
+        return torch.zeros_like(s), s
+
+    def sample_prior(
+        self,
+        shape: Sequence[int],
+        generator: Generators = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Draw the first sample of a run from the prior (`prior_type`) at the first of `timesteps`.
+
+        Args:
+            shape (`tuple[int, ...]`): `(batch, *event_shape)`.
+            generator (`torch.Generator` or a list of them, *optional*): As in Diffusers' `randn_tensor`.
+            device, dtype: Of the result.
+        """
+        noise = randn_tensor(tuple(shape), generator=generator, device=torch.device(device or "cpu"), dtype=dtype)
+        self._check_event(noise, "shape")
+        self._prior_was_used = True
+        mean, std = (moment.to(noise.device, torch.float32) for moment in self._prior_moments())
+        return (mean + std * noise).to(dtype)
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """The identity: the network sees the sample as it is."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> VSDMSchedulerOutput | tuple[Tensor, Tensor]:
+        r"""One call's worth of the backward process: from `timestep` to the next of `timesteps`.
+
+        Args:
+            model_output (`Tensor`): The network's output at (`sample`, `timestep`), `(batch, *event_shape)`; with a
+                learned variance, twice the channels.
+            timestep (`int` or `Tensor`): Integer training step, one of `timesteps`.
+            sample (`Tensor`): The current $x_t$, `(batch, *event_shape)`.
+            generator (`torch.Generator` or a list of them, *optional*): For stochastic solvers.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`VSDMSchedulerOutput`] or a tuple.
+
+        Raises:
+            ValueError: The timestep is not one of this run's, `step` is called too often, or shapes disagree.
+        """
+        self._check_event(sample)
+        predicted_variance = None
+        if self._internal_dict["variance_type"] in LEARNED and model_output.shape[1] == 2 * sample.shape[1]:
+            model_output, predicted_variance = model_output.split(sample.shape[1], dim=1)
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"`model_output` of shape {tuple(model_output.shape)} and `sample` of shape {tuple(sample.shape)}"
+                " must agree."
+            )
+        dtype, noise_dtype = sample.dtype, model_output.dtype
+        if dtype.itemsize < 4:
+            sample, model_output = sample.float(), model_output.float()
+        index = self._next_index(timestep)
+        if index == 0 and not self._prior_was_used and self._drift is not None:
+            self._prior_was_used = True
+            warnings.warn(
+                "This run starts from noise that did not come from the learned drift's prior: the caller used neither"
+                " `init_noise_sigma` nor `sample_prior`. Use VSDMPipeline, or pass `latents=scheduler.sample_prior(...)`.",
+                stacklevel=2,
+            )
+        rows = self._rows(sample.device, sample.dtype)
+        a, s = rows.a[index], rows.s[index]
+
+        network = PARAMETERIZATIONS[self._internal_dict["prediction_type"]]
+        x0 = self._clip(network.x0(model_output, sample, a, s))
+        terms = {name: column[index] for name, column in rows.terms.items()}
+        values = {"sample": sample, "x0": x0}
+        if "eps" in terms:
+            values["eps"] = network.eps(model_output, sample, a, s)
+        if "held" in terms:
+            first_call = self._held is None
+            values["held"] = sample if first_call else self._held
+            self._held = sample if first_call else None
+        if "noise" in terms and int(self._grid[index]) > 0:
+            values["noise"] = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=noise_dtype)
+            if predicted_variance is not None and rows.log_variance is not None:
+                terms["noise"] = self._learned_std(predicted_variance, index, rows)
+        previous = functools.reduce(operator.add, (terms[name] * values[name] for name in terms if name in values))
+        previous = previous.to(dtype)
+
+        self._step_index = index + 1
+        x0 = x0.to(dtype)
+        return VSDMSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
+
+    def _learned_std(self, predicted: Tensor, index: int, rows: _Rows) -> Tensor:
+        """Standard deviation from a network's second half of channels (Nichol and Dhariwal 2021, Eq. 15)."""
+        if self._internal_dict["variance_type"] == "learned":
+            return predicted.sqrt()
+        small, large = (column[index] for column in rows.log_variance)
+        weight = (predicted + 1) / 2
+        return torch.exp(0.5 * (weight * large + (1 - weight) * small))
+
+    def _clip(self, x0: Tensor) -> Tensor:
+        """Static clipping, or dynamic thresholding (Saharia et al. 2022, section 2.3), of the predicted data."""
+        config = self._internal_dict
+        if config["thresholding"]:
+            quantile = torch.quantile(x0.abs().flatten(1).float(), config["dynamic_thresholding_ratio"], dim=1)
+            bound = quantile.clamp(1, config["sample_max_value"]).reshape(-1, *[1] * (x0.ndim - 1)).to(x0.dtype)
+            return x0.clamp(-bound, bound) / bound
+        if config["clip_sample"]:
+            return x0.clamp(-config["clip_sample_range"], config["clip_sample_range"])
+        return x0

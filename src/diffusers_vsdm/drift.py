@@ -4,23 +4,23 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import safetensors
 import safetensors.torch
 import torch
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from .files import write_atomically
+from .statistics import Statistics
 
 
 BASES = ("identity",)
 AVERAGES = ("polyak", "ema")
 
 
-class AdaptiveDiagonalDrift(ModelMixin, ConfigMixin):
+class AdaptiveDiagonalDrift(Statistics):
     r"""Diagonal drift $\lambda$ of the Ornstein-Uhlenbeck process, its running averages, and the moments of the data.
 
     It is born neutral, $\lambda = 1$, where the process is that of DDPM. [`StochasticApproximation`] moves it. It holds
@@ -46,8 +46,6 @@ class AdaptiveDiagonalDrift(ModelMixin, ConfigMixin):
         Deng et al. (2024), "Variational Schrödinger Diffusion Models", sections 4.1 to 4.3.
         Shamir, Zhang (2013), "Stochastic Gradient Descent for Non-smooth Optimization".
     """
-
-    config_name = "config.json"
 
     lam: Tensor
     lam_polyak: Tensor
@@ -91,8 +89,8 @@ class AdaptiveDiagonalDrift(ModelMixin, ConfigMixin):
         self.register_buffer("data_mean", torch.zeros(event_shape, dtype=torch.float64))
         self.register_buffer("data_variance", torch.ones(event_shape, dtype=torch.float64))
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "AdaptiveDiagonalDrift":
-        return self
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        return self  # float64 has no place on some devices
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -173,7 +171,7 @@ class AdaptiveDiagonalDrift(ModelMixin, ConfigMixin):
         write_atomically(Path(path), self.to_bytes())
 
     @classmethod
-    def load_file(cls, path: str | Path) -> "AdaptiveDiagonalDrift":
+    def load_file(cls, path: str | Path) -> Self:
         """Read a drift that [`save_file`] wrote.
 
         Raises:

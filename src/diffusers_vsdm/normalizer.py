@@ -1,14 +1,13 @@
 """Standardising data: an optional component of a pipeline, so that a swap of schedulers changes no units."""
 
-from typing import Any
-
 import torch
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from .statistics import Statistics
 
-class DataNormalizer(ModelMixin, ConfigMixin):
+
+class DataNormalizer(Statistics):
     """Affine map between data and the units in which a model was trained: `(x - mean) / std`.
 
     The statistics stay float32 when a pipeline is cast to half precision.
@@ -19,8 +18,6 @@ class DataNormalizer(ModelMixin, ConfigMixin):
     Attributes (buffers):
         mean, std: Statistics in data units, shape `shape`; 0 and 1 at first.
     """
-
-    config_name = "config.json"
 
     mean: Tensor
     std: Tensor
@@ -58,14 +55,6 @@ class DataNormalizer(ModelMixin, ConfigMixin):
         normalizer.mean.copy_(mean[0])
         normalizer.std.copy_(std[0])
         return normalizer
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "DataNormalizer":
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            if self._buffers[name].dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
-        return self
 
     def normalize(self, data: Tensor) -> Tensor:
         """Data units to model units, shape `(n, *event_shape)`; computed in float32 at least, of `data`'s type."""

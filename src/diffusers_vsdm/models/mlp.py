@@ -32,23 +32,18 @@ class _ResidualBlock(nn.Module):
         nn.init.zeros_(self.contract.bias)
 
     def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
-        inner = nn.functional.silu(self.expand(self.norm(hidden)) + self.time(time))
-        return hidden + self.contract(inner)
+        return hidden + self.contract(nn.functional.silu(self.expand(self.norm(hidden)) + self.time(time)))
 
 
 class MLPModel(ModelMixin, ConfigMixin):
     r"""Residual multilayer perceptron $f(x_t, k)$ for vectors.
 
-    Coordinates enter raw and as a bank of sines and cosines of dyadic wavelengths relative to `data_scale`, since the noise to
-    be seen may be a thousand times narrower than the data; the training step k enters as Fourier features of k / N.
-
     Args:
         in_channels (`int`): Dimension d of the vectors.
-        num_train_timesteps (`int`): N, so that k / N lies in [0, 1).
+        num_train_timesteps (`int`): N; the training step k enters as Fourier features of t = (k + 1) / N.
         width (`int`, defaults to 128): Width of the hidden layers.
         num_blocks (`int`, defaults to 3): Residual blocks.
-        data_scale (`list[float]`, *optional*): Typical size of each coordinate, d values. Defaults to 1.
-        num_frequencies (`int`, defaults to 0): Octaves of coordinate features; 0 leaves the coordinates alone.
+        num_frequencies (`int`, defaults to 8): Octaves of the features of t.
     """
 
     @register_to_config
@@ -58,36 +53,30 @@ class MLPModel(ModelMixin, ConfigMixin):
         num_train_timesteps: int,
         width: int = 128,
         num_blocks: int = 3,
-        data_scale: list[float] | None = None,
-        num_frequencies: int = 0,
+        num_frequencies: int = 8,
     ):
         super().__init__()
-        scale = [1.0] * in_channels if data_scale is None else list(data_scale)
-        if len(scale) != in_channels or min(scale) <= 0:
-            raise ValueError(f"`data_scale` must be {in_channels} positive numbers, got {data_scale}.")
-        self.register_buffer("scale", torch.tensor(scale), persistent=False)
-        self.register_buffer("octaves", 2.0 ** torch.arange(num_frequencies), persistent=False)
-        self.register_buffer("time_octaves", 2.0 ** torch.arange(8) * math.pi / 2, persistent=False)
-        self.embed_time = nn.Sequential(nn.Linear(17, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-        self.embed = nn.Linear(in_channels * (1 + 2 * num_frequencies), width)
+        self.register_buffer("octaves", 2.0 ** torch.arange(num_frequencies) * math.pi / 2, persistent=False)
+        self.embed_time = nn.Sequential(
+            nn.Linear(1 + 2 * num_frequencies, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+        )
+        self.embed = nn.Linear(in_channels, width)
         self.blocks = nn.ModuleList(_ResidualBlock(width) for _ in range(num_blocks))
         self.readout = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, in_channels))
 
     def forward(
         self, sample: Tensor, timestep: Tensor | float | int, return_dict: bool = True
     ) -> MLPModelOutput | tuple[Tensor]:
-        """Predict from `sample`, shape `(batch, in_channels)`, at integer training steps, one or `(batch,)`."""
+        """Predict from `sample`, shape `(batch, in_channels)`, at training steps k: one, or `(batch,)`."""
         if sample.ndim != 2 or sample.shape[1] != self.config["in_channels"]:
             raise ValueError(
                 f"`sample` must have shape (batch, {self.config['in_channels']}), got {tuple(sample.shape)}."
             )
-        k = torch.as_tensor(timestep, device=sample.device).reshape(-1)
-        t = ((k.float() + 1) / self.config["num_train_timesteps"])[:, None].expand(len(sample), 1)
-        phase = t * self.time_octaves.float()
+        k = torch.as_tensor(timestep, device=sample.device).reshape(-1, 1)
+        t = (k.float() + 1) / self.config["num_train_timesteps"]
+        phase = t * self.octaves.float()
         time = self.embed_time(torch.cat([t, phase.sin(), phase.cos()], dim=1).to(sample.dtype))
-        x = sample / self.scale
-        waves = (x[:, :, None] * self.octaves).flatten(1)
-        hidden = self.embed(torch.cat([x, waves.sin(), waves.cos()], dim=1).to(sample.dtype))
+        hidden = self.embed(sample)
         for block in self.blocks:
             hidden = block(hidden, time)
         output = self.readout(hidden)

@@ -504,6 +504,10 @@ class VSDMScheduler(SchedulerMixin, ConfigMixin):
         self._check_event(sample)
         return self._marginal(timesteps, sample)
 
+    def rates(self, timesteps: Tensor) -> Tensor:
+        r"""$\beta_t$ per unit of time, averaged over each training interval of length 1 / N; shape of `timesteps`."""
+        return (-torch.log1p(-self.betas) * len(self)).to(timesteps.device)[timesteps]
+
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         r"""$x_t = a_t x_0 + s_t \epsilon$ (Eq. 13 to 15).
 

@@ -1,0 +1,1 @@
+"""What makes the classes known to Diffusers and to the Hub."""

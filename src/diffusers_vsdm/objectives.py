@@ -1,0 +1,64 @@
+r"""Training objectives.
+
+Denoising score matching (Eq. 16) for the process with one noise level per dimension. Every weighting is a function of
+time and dimension that multiplies $|\hat\epsilon - \epsilon|^2$.
+
+References:
+    Deng et al. (2024), "Variational Schrödinger Diffusion Models", Eq. 16.
+    Ho et al. (2020), "Denoising Diffusion Probabilistic Models", Eq. 14: `simple`.
+    Song et al. (2021), "Maximum Likelihood Training of Score-Based Diffusion Models": `likelihood`.
+    Hang et al. (2023), "Efficient Diffusion Training via Min-SNR Weighting Strategy": `min_snr`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .schedulers import VSDMScheduler
+from .schedulers.parameterization import PARAMETERIZATIONS
+
+
+MIN_SNR_GAMMA = 5.0
+
+# (a, s, beta) to the weight of the squared error in eps; `simple` weighs the network's own output by 1 instead
+WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor] | None] = {
+    "simple": None,
+    "epsilon": lambda a, s, beta: torch.ones_like(s),
+    "score": lambda a, s, beta: s**-2,
+    "likelihood": lambda a, s, beta: beta * s**-2,
+    "min_snr": lambda a, s, beta: (MIN_SNR_GAMMA * (s / a) ** 2).clamp(max=1),
+}
+
+
+def denoising_score_matching(
+    scheduler: VSDMScheduler,
+    model_output: Tensor,
+    sample: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    weighting: str = "simple",
+) -> Tensor:
+    r"""Mean weighted squared error of a network's output at $x_t = a_t x_0 + s_t \epsilon$ (Eq. 16).
+
+    Args:
+        scheduler ([`VSDMScheduler`]): The process, and what the network predicts.
+        model_output (`Tensor`): The network's output at `scheduler.add_noise(sample, noise, timesteps)`.
+        sample, noise (`Tensor`): Data $x_0$ and $\epsilon$, `(batch, *event_shape)`.
+        timesteps (`Tensor`): Integer training steps, `(batch,)`.
+        weighting (`str`, defaults to `"simple"`): Key of [`WEIGHTINGS`]: `simple` (mean squared error of what the network
+            predicts), `epsilon` (1), `score` ($1/s^2$: Eq. 16 as printed), `likelihood` ($\beta/s^2$) or `min_snr`.
+
+    Returns:
+        A scalar.
+    """
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"`weighting` must be one of {tuple(WEIGHTINGS)}, got {weighting!r}.")
+    network = PARAMETERIZATIONS[scheduler.config["prediction_type"]]
+    a, s = scheduler.marginal_scales(sample, timesteps)
+    error = (model_output.float() - network.target(sample, noise, a, s).float()) ** 2
+    weight = WEIGHTINGS[weighting]
+    if weight is None:
+        return error.mean()
+    beta = scheduler.rates(timesteps).to(error).reshape(-1, *[1] * (sample.ndim - 1))
+    return (weight(a, s, beta) * network.eps_per_unit(a, s) ** 2 * error).mean()

@@ -1,0 +1,173 @@
+"""`VSDMPipeline`: unconditional samples, images or vectors."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ..normalizer import DataNormalizer
+from ..schedulers import VSDMScheduler
+
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+
+@dataclass
+class VSDMPipelineOutput(BaseOutput):
+    """Output of [`VSDMPipeline`].
+
+    Args:
+        samples (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): For vectors `(batch_size, d)` in data units; for
+            images PIL images, `(batch_size, height, width, channels)` in numpy or `(batch_size, channels, height, width)`
+            in torch, with values in [0, 1].
+        trajectory (`torch.Tensor`, *optional*): `(num_steps + 1, batch_size, *event_shape)` in data units, noise first.
+    """
+
+    samples: Any
+    trajectory: Tensor | None = None
+
+    @property
+    def images(self) -> Any:
+        """The samples, under the name that Diffusers' image pipelines use."""
+        return self.samples
+
+
+class VSDMPipeline(DiffusionPipeline):
+    r"""Unconditional generation with a variational Schrödinger diffusion model.
+
+    Args:
+        unet ([`~diffusers.UNet2DModel`] or [`MLPModel`]): The network; one without a `sample_size` is for vectors.
+        scheduler ([`VSDMScheduler`] or a stock scheduler): The process, with its drift.
+        normalizer ([`DataNormalizer`], *optional*): Maps the model's units back to the data's.
+    """
+
+    model_cpu_offload_seq = "unet->normalizer"
+    _optional_components = ["normalizer"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, normalizer: DataNormalizer | None = None):
+        super().__init__()
+        if not isinstance(scheduler, VSDMScheduler) and scheduler.config.get("drift_sha256") is not None:
+            raise ValueError(
+                f"`scheduler` is a {type(scheduler).__name__} whose configuration belongs to a learned drift, which that"
+                " class cannot use: the network and its noise levels would not match. Use"
+                " `VSDMScheduler.from_config(pipe.scheduler.config, solver=...)`."
+            )
+        self.register_modules(unet=unet, scheduler=scheduler, normalizer=normalizer)
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one sample: `(d,)` or `(channels, height, width)`."""
+        size = self.unet.config.get("sample_size")
+        spatial = () if size is None else (size, size) if isinstance(size, int) else tuple(size)
+        return (self.unet.config["in_channels"], *spatial)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: list[int] | None = None,
+        latents: Tensor | None = None,
+        output_type: str | None = None,
+        return_dict: bool = True,
+        return_trajectory: bool = False,
+        callback_on_step_end: Callable[[Any, int, int, dict[str, Tensor]], dict[str, Tensor] | None] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - as in Diffusers
+    ) -> VSDMPipelineOutput | tuple:
+        r"""Generate samples.
+
+        Args:
+            batch_size (`int`, defaults to 1): Number of samples.
+            generator (`torch.Generator` or a list of `batch_size` of them, *optional*): Makes the samples reproducible.
+            num_inference_steps (`int`, *optional*): Steps of the solver. Defaults to 50, or all training times if
+                there are fewer.
+            timesteps (`list[int]`, *optional*): The training steps to visit, falling, instead of a number.
+            latents (`torch.Tensor`, *optional*): The first sample `(batch_size, *event_shape)`, in the model's units,
+                instead of a draw from the prior.
+            output_type (`str`, *optional*): `"pil"`, `"np"` or `"pt"`. Defaults to `"pil"` for images of 1 or 3 channels and
+                `"np"` for all else.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`VSDMPipelineOutput`] or a tuple.
+            return_trajectory (`bool`, defaults to `False`): Whether to return the path of every sample too.
+            callback_on_step_end (`Callable`, *optional*): Called after each network call as `(pipeline, index, timestep,
+                tensors)`; may return replacements of the tensors.
+            callback_on_step_end_tensor_inputs (`list[str]`): Tensors to pass to it: `latents`.
+
+        Returns:
+            [`VSDMPipelineOutput`], or the tuple `(samples,)` or `(samples, trajectory)`.
+        """
+        event_shape, device = self.event_shape, self._execution_device
+        is_image = len(event_shape) == 3
+        has_colours = is_image and event_shape[0] in (1, 3)
+        output_type = output_type or ("pil" if has_colours else "np")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES} or None, got {output_type!r}.")
+        if output_type == "pil" and not has_colours:
+            raise ValueError(f"`output_type='pil'` needs images of 1 or 3 channels, not samples {event_shape}: use 'np'.")
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"`generator` is a list of {len(generator)}, but `batch_size` is {batch_size}.")
+        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, not {unknown}.")
+        shape = (batch_size, *event_shape)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+
+        if timesteps is not None:
+            if num_inference_steps is not None:
+                raise ValueError("Pass at most one of `num_inference_steps` and `timesteps`.")
+            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps or self._default_num_steps(), device=device)
+        latents = self._first_sample(shape, generator, device) if latents is None else latents.to(device, self.unet.dtype)
+
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {"generator": generator} if takes_generator else {}
+        trajectory = [latents] if return_trajectory else []
+        calls = self.scheduler.timesteps
+        for index, timestep in enumerate(self.progress_bar(calls)):
+            model_input = self.scheduler.scale_model_input(latents, timestep)
+            output = self.unet(model_input, timestep, return_dict=False)[0]
+            latents = self.scheduler.step(output, timestep, latents, **step_kwargs, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
+                latents = (callback_on_step_end(self, index, timestep, tensors) or {}).get("latents", latents)
+            # only whole steps are points of the path
+            if return_trajectory and ((index + 1) % self.scheduler.order == 0 or index + 1 == len(calls)):
+                trajectory.append(latents)
+
+        path = self._to_data_units(torch.stack(trajectory)) if return_trajectory else None
+        samples: Any = self._to_data_units(latents)
+        if is_image:
+            samples = (samples / 2 + 0.5).clamp(0, 1)
+        if output_type != "pt":
+            samples = samples.float().cpu().numpy()
+            samples = np.moveaxis(samples, 1, -1) if is_image else samples
+        if output_type == "pil":
+            samples = self.numpy_to_pil(samples)
+        self.maybe_free_model_hooks()
+        if return_dict:
+            return VSDMPipelineOutput(samples=samples, trajectory=path)
+        return (samples, path) if return_trajectory else (samples,)
+
+    def _default_num_steps(self) -> int:
+        config = self.scheduler.config
+        return min(50, config["num_train_timesteps"] - (config.get("final_sigmas_type") == "sigma_min"))
+
+    def _first_sample(self, shape: tuple[int, ...], generator: Any, device: torch.device) -> Tensor:
+        if isinstance(self.scheduler, VSDMScheduler):
+            return self.scheduler.sample_prior(shape, generator=generator, device=device, dtype=self.unet.dtype)
+        noise = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
+        return noise * self.scheduler.init_noise_sigma
+
+    def _to_data_units(self, latents: Tensor) -> Tensor:
+        return latents if self.normalizer is None else self.normalizer.to(latents.device).denormalize(latents)

@@ -1,0 +1,138 @@
+"""The settings of a training run; `HfArgumentParser` makes the command line of this dataclass."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..data import TOYS
+from ..drift import AVERAGES
+from ..objectives import WEIGHTINGS
+from ..schedulers.parameterization import PARAMETERIZATIONS
+from ..schedulers.scheduling_vsdm import BETA_SCHEDULES, PRIORS
+from ..solvers import SOLVERS
+from ..stochastic_approximation import GRADIENTS, SIMULATION_PRIORS
+
+
+POWER_LAW = "power_law"
+BASELINES = ("none", "sgm")
+
+
+def _setting(default: Any, text: str, choices: Any = None) -> Any:
+    metadata = {"help": text} if choices is None else {"help": text, "choices": list(choices)}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainingConfig:
+    """Settings of a run, with the names of Diffusers' `train_unconditional.py` where it has them."""
+
+    output_dir: str = _setting("vsdm-model", "Folder for the pipeline, its metrics, pictures and card.")
+    overwrite_output_dir: bool = _setting(False, "Write into a folder that exists and is not empty.")
+    dataset_name: str = _setting("spiral-8y", "What to learn.", TOYS)
+    num_train_samples: int = _setting(100_000, "Points drawn from a toy distribution as the training set.")
+    seed: int = _setting(0, "Seed of the data, the network, the noise and the simulations.")
+
+    # process
+    baseline: str = _setting("none", "`sgm` freezes lambda at 1: a score-based model without a learned drift.", BASELINES)
+    standardize: bool = _setting(False, "Train on data of mean 0 and standard deviation 1 in each dimension.")
+    prior_type: str = _setting("marginal", "Law of the first sample.", PRIORS)
+    beta_schedule: str = _setting(POWER_LAW, "Table of betas.", (POWER_LAW, *BETA_SCHEDULES))
+    beta_min: float = _setting(0.1, "Smallest rate of the power law, per unit of time.")
+    beta_max: float = _setting(10.0, "Largest rate of the power law, per unit of time.")
+    beta_power: float = _setting(1.7, "Exponent of the power law.")
+    ddpm_num_steps: int = _setting(100, "Training times N.")
+    prediction_type: str = _setting("epsilon", "What the network predicts.", PARAMETERIZATIONS)
+    solver: str = _setting("heun", "Solver that the saved pipeline samples with.", SOLVERS)
+
+    # network and its optimization
+    model_width: int = _setting(128, "Width of the network's hidden layers.")
+    model_num_blocks: int = _setting(3, "Residual blocks of the network.")
+    max_train_steps: int = _setting(12_000, "Gradient steps.")
+    train_batch_size: int = _setting(512, "Samples in a batch, per process.")
+    learning_rate: float = _setting(2e-3, "Peak learning rate of AdamW.")
+    lr_scheduler: str = _setting("cosine", "Learning-rate schedule, a name that Diffusers' `get_scheduler` knows.")
+    lr_warmup_steps: int = _setting(200, "Steps over which the learning rate rises.")
+    adam_weight_decay: float = _setting(1e-6, "Weight decay of AdamW.")
+    max_grad_norm: float = _setting(1.0, "Largest norm of the gradient.")
+    weighting: str = _setting("simple", "Weighting of the score matching loss.", WEIGHTINGS)
+    use_ema: bool = _setting(True, "Save the exponential moving average of the weights.")
+    ema_max_decay: float = _setting(0.999, "Decay of that average.")
+
+    # stochastic approximation
+    zeta: float = _setting(0.75, "The paper's zeta, in (0, 1].")
+    zeta_placement: str = _setting("divergence", "Term of the loss for lambda that zeta multiplies.", GRADIENTS)
+    sa_stages: int = _setting(40, "Stages of stochastic approximation, evenly spaced before lambda is frozen.")
+    sa_trajectories: int = _setting(256, "Simulated trajectories in a stage.")
+    sa_prior: str = _setting("standard", "Law from which a stage simulates.", SIMULATION_PRIORS)
+    sa_step_scale: float = _setting(3.0, "a of the step size a / (k^alpha + b).")
+    sa_step_offset: float = _setting(3.0, "b of the step size.")
+    sa_step_power: float = _setting(0.7, "alpha of the step size, in (0.5, 1].")
+    sa_average: str = _setting("polyak", "Average of the iterates that lambda is frozen at.", AVERAGES)
+    frozen_fraction: float = _setting(0.2, "Share of the steps, at the end, with lambda frozen at its average.")
+
+    # evaluation and logging
+    num_eval_samples: int = _setting(3000, "Samples for the metrics; 0 for no evaluation.")
+    num_eval_steps: int = _setting(99, "Euler steps of the probability flow for the metrics.")
+    mixed_precision: str = _setting("no", "Precision of training, as in Accelerate.", ("no", "fp16", "bf16"))
+    logger: str = _setting("none", "Where to log while training.", ("none", "tensorboard", "wandb"))
+    logging_steps: int = _setting(50, "Steps between two log entries.")
+    logging_dir: str = _setting("logs", "Folder for logs, inside `output_dir`.")
+
+    def __post_init__(self) -> None:
+        """Check each setting.
+
+        Raises:
+            ValueError: A setting is out of its range; the message names it, its value and the range.
+        """
+        for name, setting in self.__dataclass_fields__.items():
+            choices, value = setting.metadata.get("choices"), getattr(self, name)
+            if choices is not None and value not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
+        positive = (
+            "num_train_samples ddpm_num_steps model_width max_train_steps train_batch_size learning_rate max_grad_norm"
+            " logging_steps beta_min sa_trajectories sa_step_scale num_eval_steps"
+        )
+        for name in positive.split():
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        if not 0 < self.zeta <= 1:
+            raise ValueError(f"`zeta` must lie in (0, 1], got {self.zeta}.")
+        if not 0 <= self.frozen_fraction < 1:
+            raise ValueError(f"`frozen_fraction` must lie in [0, 1), got {self.frozen_fraction}.")
+        if self.train_batch_size > self.num_train_samples:
+            raise ValueError(
+                f"`train_batch_size` {self.train_batch_size} is larger than `num_train_samples`"
+                f" {self.num_train_samples}: lower it."
+            )
+        if self.sa_stages >= self.adaptive_steps:
+            raise ValueError(
+                f"`sa_stages` {self.sa_stages} do not fit into the {self.adaptive_steps} steps before lambda is frozen:"
+                " lower it, or raise `max_train_steps`."
+            )
+
+    @property
+    def adaptive_steps(self) -> int:
+        """Gradient steps before lambda is frozen."""
+        return self.max_train_steps - int(self.frozen_fraction * self.max_train_steps)
+
+    @property
+    def stage_steps(self) -> frozenset[int]:
+        """Numbers of gradient steps after which a stage of stochastic approximation runs."""
+        if self.baseline == "sgm":
+            return frozenset()
+        return frozenset(round(self.adaptive_steps * j / (self.sa_stages + 1)) for j in range(1, self.sa_stages + 1))
+
+    def prepare_output_dir(self) -> Path:
+        """Make the output folder.
+
+        Raises:
+            FileExistsError: It exists, is not empty, and `overwrite_output_dir` is not set.
+        """
+        folder = Path(self.output_dir)
+        if folder.exists() and not (folder.is_dir() and (self.overwrite_output_dir or not any(folder.iterdir()))):
+            raise FileExistsError(
+                f"`output_dir` {folder} exists and is not an empty folder: choose another, or pass"
+                " --overwrite_output_dir to write into it."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder

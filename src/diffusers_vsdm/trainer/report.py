@@ -1,0 +1,144 @@
+"""The output of a run: pipeline, metrics.json, samples.png, drift.png and the model card."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import diffusers
+import matplotlib
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..data import sample_toy
+from ..files import write_atomically
+from ..hub.cards import render_card
+from ..metrics.transport import straightness, wasserstein2
+from ..pipelines import VSDMPipeline
+from ..schedulers import VSDMScheduler
+from .config import POWER_LAW, TrainingConfig
+from .loop import TrainingResult
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+# far from the seeds that users give to training
+EVALUATION_SEED = 1_000_003
+
+
+def flow_paths(pipeline: VSDMPipeline, num_samples: int, num_steps: int, seed: int = EVALUATION_SEED) -> Tensor:
+    """Euler paths of the probability flow, from the prior to the first training time, in data units.
+
+    Args:
+        pipeline: A pipeline for vectors; it is left as it is.
+        num_samples: Number of paths.
+        num_steps: Steps, a divisor of N - 1 for a uniform grid.
+        seed: Of the prior's draw.
+
+    Returns:
+        `(num_steps + 1, num_samples, d)`.
+    """
+    scheduler = VSDMScheduler.from_config(pipeline.scheduler.config, solver="euler", final_sigmas_type="sigma_min", timestep_spacing="linspace")
+    sampler = VSDMPipeline(pipeline.unet, scheduler, pipeline.normalizer)
+    sampler.set_progress_bar_config(disable=True)
+    generator = torch.Generator(pipeline.unet.device).manual_seed(seed)
+    output = sampler(num_samples, generator, num_inference_steps=num_steps, return_trajectory=True)
+    return output.trajectory.cpu()
+
+
+def evaluate(pipeline: VSDMPipeline, dataset_name: str, num_samples: int, num_steps: int) -> tuple[dict[str, Any], Tensor]:
+    """Straightness in data units and the 2-Wasserstein distance on standardised axes, with its floor.
+
+    Returns:
+        The metrics and the paths they were measured on, `(num_steps + 1, num_samples, d)`.
+    """
+    paths = flow_paths(pipeline, num_samples, num_steps)
+    reference, other = (
+        sample_toy(dataset_name, num_samples, torch.Generator().manual_seed(EVALUATION_SEED + i)) for i in (1, 2)
+    )
+    num_train = pipeline.scheduler.config["num_train_timesteps"]
+    return {
+        "straightness": straightness(paths, (num_train - 1) / num_train / num_steps).tolist(),
+        "w2_standardized": wasserstein2(paths[-1], reference, standardize=True),
+        "w2_floor": wasserstein2(other, reference, standardize=True),
+        "num_samples": num_samples,
+        "num_function_evaluations": num_steps,
+    }, paths
+
+
+def write_report(config: TrainingConfig, result: TrainingResult) -> dict[str, Any]:
+    """Write everything into `config.output_dir`; returns what `metrics.json` holds."""
+    folder = Path(config.output_dir)
+    scheduler = result.pipeline.scheduler
+    result.pipeline.save_pretrained(folder)
+    scale = config.beta_max if config.beta_schedule == POWER_LAW else 1.0
+    metrics: dict[str, Any] = {
+        "final_loss": result.final_loss,
+        "lambda": scheduler.drift.lam.tolist(),
+        "lambda_per_stage": result.lambdas.tolist(),
+        "sa_skipped": result.sa_skipped,
+        "seconds": result.seconds,
+        "sa_seconds": result.sa_seconds,
+        "sa_share": result.sa_seconds / result.seconds,
+        "num_parameters": sum(p.numel() for p in result.pipeline.unet.parameters()),
+    }
+    pictures = {"drift.png": _plot_drift(result.lambdas * scale, scheduler.drift.lam * scale, scale)}
+    if config.num_eval_samples:
+        steps = min(config.num_eval_steps, config.ddpm_num_steps - 1)
+        evaluation, paths = evaluate(result.pipeline, config.dataset_name, config.num_eval_samples, steps)
+        metrics |= evaluation
+        data = sample_toy(config.dataset_name, config.num_eval_samples, torch.Generator().manual_seed(EVALUATION_SEED + 3))
+        pictures["samples.png"] = _plot_samples(data, paths)
+    record = {"metrics": metrics, "config": asdict(config), "versions": versions()}
+    write_atomically(folder / "metrics.json", (json.dumps(record, indent=2) + "\n").encode())
+    for name, figure in pictures.items():
+        figure.savefig(folder / name, dpi=110, metadata={"Software": None})
+        plt.close(figure)
+    render_card(folder, record)
+    return record
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    return {
+        "diffusers_vsdm": __version__,
+        "diffusers": diffusers.__version__,
+        "accelerate": accelerate.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _plot_drift(lambdas: Tensor, final: Tensor, scale: float) -> plt.Figure:
+    r"""$\lambda$ (times `scale`) over the stages, one line per dimension, as Figure 9 of the paper."""
+    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for i, (values, end) in enumerate(zip(lambdas.flatten(1).T[:8], final.flatten()[:8])):
+        (line,) = axes.plot(values, label=f"dimension {i}")
+        axes.axhline(float(end), color=line.get_color(), linestyle=":", linewidth=1)
+    axes.set_xlabel("stage of stochastic approximation")
+    axes.set_ylabel(r"$\lambda$" if scale == 1 else r"$\lambda \, \beta_{\max}$")
+    axes.set_ylim(bottom=0)
+    axes.legend(title="dotted: average, frozen", fontsize="small", title_fontsize="small")
+    return figure
+
+
+def _plot_samples(data: Tensor, paths: Tensor) -> plt.Figure:
+    """Data, samples, and some paths of the probability flow, on the same axes."""
+    figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.6), sharex=True, sharey=True, layout="constrained")
+    for axes, points, title in ((panels[0], data, "data"), (panels[1], paths[-1], "samples")):
+        axes.scatter(*points[:, :2].T, s=1.5, linewidths=0, color="tab:blue")
+        axes.set_title(title)
+    some = paths[:, :60, :2]
+    panels[2].plot(some[:, :, 0], some[:, :, 1], color="0.6", linewidth=0.6)
+    panels[2].scatter(*some[0].T, s=5, color="tab:orange", label="noise", zorder=2)
+    panels[2].scatter(*some[-1].T, s=5, color="tab:blue", label="samples", zorder=3)
+    panels[2].set_title("probability flow")
+    panels[2].legend(fontsize="small", markerscale=2)
+    low, high = data[:, :2].quantile(0.001, dim=0), data[:, :2].quantile(0.999, dim=0)
+    margin = 0.15 * (high - low)
+    panels[0].set_xlim(float(low[0] - margin[0]), float(high[0] + margin[0]))
+    panels[0].set_ylim(float(low[1] - margin[1]), float(high[1] + margin[1]))
+    return figure

@@ -1,0 +1,30 @@
+"""Train a variational Schrödinger diffusion model.
+
+    accelerate launch training/train_vsdm.py --dataset_name spiral-8y --standardize --output_dir outputs/spiral-8y
+
+The output folder holds the pipeline, `metrics.json`, `samples.png`, `drift.png` and a model card.
+"""
+
+import sys
+
+from transformers import HfArgumentParser
+
+from diffusers_vsdm.trainer import TrainingConfig, train
+from diffusers_vsdm.trainer.report import write_report
+
+
+def main() -> None:
+    """Parse the command line, train, and report on the main process."""
+    try:
+        (config,) = HfArgumentParser(TrainingConfig, description=__doc__).parse_args_into_dataclasses()
+        config.prepare_output_dir()
+    except (ValueError, FileExistsError) as error:
+        sys.exit(f"train_vsdm.py: {error}")
+    result = train(config)
+    metrics = write_report(config, result)["metrics"]
+    print(f"\n{config.dataset_name}: {result.seconds:.0f} s of training, {100 * metrics['sa_share']:.1f}% of it in"
+          f" stochastic approximation; everything is in {config.output_dir}/")
+
+
+if __name__ == "__main__":
+    main()

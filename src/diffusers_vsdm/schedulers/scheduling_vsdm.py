@@ -68,6 +68,7 @@ class _Rows:
     s: list[Tensor]
     terms: dict[str, list[Tensor]]
     log_variance: tuple[list[Tensor], list[Tensor]] | None
+    is_defined: list[bool]
 
 
 class VSDMScheduler(SchedulerMixin, ConfigMixin):
@@ -75,7 +76,7 @@ class VSDMScheduler(SchedulerMixin, ConfigMixin):
 
     It takes every argument of [`~diffusers.DDPMScheduler`] with the same meaning, so that
     `VSDMScheduler.from_config(pipe.scheduler.config)` works in existing code; without a drift, or with a neutral one, it
-    gives that scheduler's samples. Times are integer training steps: index k of N means t = (k + 1) / N in [0, 1].
+    gives that scheduler's samples up to the latter's float32 rounding. Times are integer training steps: index k of N means t = (k + 1) / N in [0, 1].
 
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: The table of
@@ -403,9 +404,10 @@ class VSDMScheduler(SchedulerMixin, ConfigMixin):
             )
         return self._positions[k]
 
-    def previous_timestep(self, timestep: int | Tensor) -> int:
-        """The training time that a step from `timestep` arrives at; -1 is the data."""
-        return int(self._grid[np.flatnonzero(self._grid == int(self.timesteps[self.index_for_timestep(timestep)]))[0] + 1])
+    def previous_timestep(self, timestep: int | Tensor) -> Tensor:
+        """The training time that a step from `timestep` arrives at, as a scalar; -1 is the data."""
+        position = self.index_for_timestep(timestep)
+        return torch.as_tensor(self._grid[(position + self.order - 1) // self.order + 1])
 
     def _next_index(self, timestep: int | Tensor) -> int:
         """Index of the row for this call; counts where it can, looks up where calls may come in any order."""
@@ -428,17 +430,7 @@ class VSDMScheduler(SchedulerMixin, ConfigMixin):
         calls = self._solver.calls_per_step
         at_call = g.repeat_interleave(calls, 0)[calls - 1 :]
         a, s = process.mean_scale(lam, at_call), process.std(lam, at_call)
-        if (a == 0).any() and self._internal_dict["prediction_type"] in ("epsilon", "score"):
-            raise ValueError(
-                f"`prediction_type` {self._internal_dict['prediction_type']!r} says nothing about the data where the"
-                " signal is zero (zero terminal SNR, or lambda * g too large): train with 'v_prediction' or 'sample'."
-            )
         coefficients = self._solver.coefficients(lam, g, g_next)
-        if not all(column is None or torch.isfinite(column).all() for column in vars(coefficients).values()):
-            raise ValueError(
-                f"`solver` {self._internal_dict['solver']!r} has no finite first step from a zero terminal SNR: use"
-                " 'ddpm' or 'ddim' with a positive lambda, or a table without `rescale_betas_zero_snr`."
-            )
         small = process.posterior(lam, g, g_next)[2].clamp(min=1e-20)  # Diffusers' floor, for its logarithm
         return a, s, coefficients, (small, process.variance(lam, g - g_next))
 
@@ -455,7 +447,12 @@ class VSDMScheduler(SchedulerMixin, ConfigMixin):
             learned = self._internal_dict["solver"] == "ddpm" and variance_type in LEARNED
             if self._internal_dict["solver"] == "ddpm" and variance_type in FIXED_LARGE:
                 terms["noise"] = large.sqrt()
+            needed = [s, *(table for table in terms.values() if table is not None)]
+            defined = torch.stack([torch.isfinite(table).reshape(len(a), -1).all(1) for table in needed]).all(0)
+            if self._internal_dict["prediction_type"] in ("epsilon", "score"):
+                defined = defined & (a != 0).reshape(len(a), -1).all(1)
             return _Rows(
+                is_defined=defined.tolist(),
                 a=place(a),
                 s=place(s),
                 terms={name: place(table) for name, table in terms.items() if table is not None},
@@ -613,6 +610,12 @@ class VSDMScheduler(SchedulerMixin, ConfigMixin):
                 stacklevel=2,
             )
         rows = self._rows(sample.device, sample.dtype)
+        if not rows.is_defined[index]:
+            raise ValueError(
+                f"`timestep` {int(timestep)} has no signal left (zero terminal SNR, or lambda * g too large): there"
+                f" `prediction_type` {self._internal_dict['prediction_type']!r} with `solver`"
+                f" {self._internal_dict['solver']!r} is undefined. Use 'v_prediction' or 'sample' with 'ddpm' or 'ddim'."
+            )
         a, s = rows.a[index], rows.s[index]
 
         network = PARAMETERIZATIONS[self._internal_dict["prediction_type"]]

@@ -1,0 +1,108 @@
+"""Studies on the two-dimensional toys.
+
+    python -m benchmarks.toys paper            # the VSDM paper's setting: raw axes, zeta 0.75
+    python -m benchmarks.toys standardized     # the README's command, over zeta, beside a score-based model
+
+Every run is a training run with the package's own trainer, in a process of its own. A study writes a JSON record to
+`benchmarks/results/`; `python -m benchmarks.tables` makes the tables of the docs from the records.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+
+RESULTS = Path(__file__).parent / "results"
+FEW_STEPS = (3, 5, 10)
+
+PAPER = {"prior_type": "conditional", "zeta": 0.75, "solver": "euler"}
+STANDARDIZED = {"standardize": True, "prior_type": "marginal"}
+STUDIES: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {
+        "spiral-8y SGM-10": PAPER | {"dataset_name": "spiral-8y", "beta_max": 10.0, "baseline": "sgm"},
+        "spiral-8y SGM-20": PAPER | {"dataset_name": "spiral-8y", "beta_max": 20.0, "baseline": "sgm"},
+        "spiral-8y VSDM-10": PAPER | {"dataset_name": "spiral-8y", "beta_max": 10.0},
+        "spiral-8y VSDM-20": PAPER | {"dataset_name": "spiral-8y", "beta_max": 20.0},
+        "checkerboard-6x SGM-20": PAPER | {"dataset_name": "checkerboard-6x", "beta_max": 20.0, "baseline": "sgm"},
+        "checkerboard-6x VSDM-10": PAPER | {"dataset_name": "checkerboard-6x", "beta_max": 10.0},
+    },
+    "standardized": {
+        "SGM": STANDARDIZED | {"baseline": "sgm"},
+        **{f"VSDM, zeta {zeta}": STANDARDIZED | {"zeta": zeta} for zeta in (0.6, 0.75, 0.85, 0.95)},
+    },
+}
+
+
+def run(job: tuple[str, dict[str, Any], int, int]) -> dict[str, Any]:
+    """Train one model and measure it; runs in its own process."""
+    name, settings, seed, threads = job
+    import torch
+
+    from diffusers_vsdm.data import sample_toy
+    from diffusers_vsdm.metrics.transport import wasserstein2
+    from diffusers_vsdm.schedulers import VSDMScheduler
+    from diffusers_vsdm.trainer import TrainingConfig, train
+    from diffusers_vsdm.trainer.report import EVALUATION_SEED, evaluate
+
+    torch.set_num_threads(threads)
+    config = TrainingConfig(seed=seed, **settings)
+    result = train(config)
+    metrics, _ = evaluate(result.pipeline, config.dataset_name, config.num_eval_samples, config.num_eval_steps)
+    # Heun in few steps, to the data
+    pipeline = result.pipeline
+    pipeline.scheduler = VSDMScheduler.from_config(pipeline.scheduler.config, solver="heun")
+    pipeline.set_progress_bar_config(disable=True)
+    reference = sample_toy(config.dataset_name, 3000, torch.Generator().manual_seed(EVALUATION_SEED + 1))
+    for steps in FEW_STEPS:
+        generator = torch.Generator().manual_seed(EVALUATION_SEED)
+        samples = pipeline(3000, generator, num_inference_steps=steps, output_type="pt").samples
+        metrics[f"w2_heun_{2 * steps - 1}"] = wasserstein2(samples, reference, standardize=True)
+    scaled = result.lambdas * config.beta_max
+    metrics |= {
+        "lambda_beta_max": (pipeline.scheduler.drift.lam * config.beta_max).tolist(),
+        "lambda_beta_max_per_stage": scaled.tolist(),
+        "seconds": result.seconds,
+        "sa_seconds": result.sa_seconds,
+        "sa_share": result.sa_seconds / result.seconds,
+        "sa_skipped": result.sa_skipped,
+        "final_loss": result.final_loss,
+    }
+    print(f"{name}, seed {seed}: W2 {metrics['w2_standardized']:.3f}, straightness"
+          f" {' / '.join(f'{x:.1f}' for x in metrics['straightness'])}, {result.seconds:.0f} s", flush=True)
+    return {"name": name, "seed": seed, "metrics": metrics, "config": asdict(config)}
+
+
+def main() -> None:
+    """Run a study and write its record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--processes", type=int, default=max(1, os.cpu_count() or 1))
+    arguments = parser.parse_args()
+    threads = max(1, (os.cpu_count() or 1) // arguments.processes)
+    jobs = [(name, s, seed, threads) for seed in arguments.seeds for name, s in STUDIES[arguments.study].items()]
+    with multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool:
+        runs = pool.map(run, jobs, chunksize=1)
+
+    from diffusers_vsdm.trainer.report import versions
+
+    record = {
+        "study": arguments.study,
+        "command": f"python -m benchmarks.toys {arguments.study}",
+        "versions": versions() | {"python": platform.python_version()},
+        "machine": {"cores": os.cpu_count(), "processes": arguments.processes, "threads": threads},
+        "runs": runs,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"toys_{arguments.study}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(path.name)
+
+
+if __name__ == "__main__":
+    main()

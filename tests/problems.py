@@ -1,0 +1,71 @@
+"""Problems with known answers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusers_vsdm import AdaptiveDiagonalDrift, VSDMScheduler, process
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """Data N(mean, variance) in each dimension under the process with rates `lam`: all is Gaussian, all is known."""
+
+    mean: Tensor
+    variance: Tensor
+    lam: Tensor
+
+    def moments(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of x_t, from the Gaussian's own evolution rather than from the package."""
+        a = torch.exp(-self.lam * g / 2)
+        noise = torch.where(self.lam == 0, g, (1 - torch.exp(-self.lam * g)) / torch.where(self.lam == 0, 1, self.lam))
+        return a * self.mean, a**2 * self.variance + noise
+
+    def score(self, x: Tensor, g: Tensor) -> Tensor:
+        mean, variance = self.moments(g)
+        return -(x - mean) / variance
+
+    def eps(self, x: Tensor, g: Tensor) -> Tensor:
+        """What a perfect epsilon network answers."""
+        return -process.std(self.lam, g) * self.score(x, g)
+
+    def flow(self, x: Tensor, g: Tensor, g_next: Tensor) -> Tensor:
+        """The probability flow's map from time g to g_next: it keeps the standardised coordinate."""
+        (mean, variance), (mean_next, variance_next) = self.moments(g), self.moments(g_next)
+        return mean_next + (variance_next / variance).sqrt() * (x - mean)
+
+    def posterior(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of x_0 given x_t, by Gaussian conditioning."""
+        a = torch.exp(-self.lam * g / 2)
+        mean, variance = self.moments(g)
+        gain = self.variance * a / variance
+        return self.mean + gain * (x - mean), self.variance - gain * a * self.variance
+
+
+ANISOTROPIC = DiagonalGaussian(
+    mean=torch.tensor([1.0, -3.0, 0.5], dtype=torch.float64),
+    variance=torch.tensor([0.25, 60.0, 4.0], dtype=torch.float64),
+    lam=torch.tensor([0.7, 1.9, 1.0], dtype=torch.float64),
+)
+
+
+def scheduler_for(problem: DiagonalGaussian, num_train: int = 100, **settings) -> VSDMScheduler:
+    """The power-law process with the problem's drift and its moments."""
+    scheduler = VSDMScheduler.from_power_law(0.1, 10.0, 1.7, num_train, clip_sample=False, **settings)
+    drift = AdaptiveDiagonalDrift(tuple(problem.lam.shape))
+    drift.set_lambda(problem.lam)
+    drift.data_mean.copy_(problem.mean)
+    drift.data_variance.copy_(problem.variance)
+    scheduler.set_drift(drift)
+    _ = scheduler.init_noise_sigma  # as pipelines do
+    return scheduler
+
+
+def run(scheduler: VSDMScheduler, problem: DiagonalGaussian, x: Tensor, generator=None, calls=None) -> Tensor:
+    """Sample with the perfect network along the scheduler's current timesteps, or the first `calls` of them."""
+    scheduler.set_begin_index(0)
+    for k in scheduler.timesteps[:calls]:
+        eps = problem.eps(x, scheduler.integrated_beta[int(k)])
+        x = scheduler.step(eps, int(k), x, generator=generator).prev_sample
+    return x

@@ -1,0 +1,466 @@
+import copy
+import json
+import pickle
+import warnings
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusers_vsdm import AdaptiveDiagonalDrift, VSDMScheduler, process
+from diffusers_vsdm.schedulers.parameterization import PARAMETERIZATIONS
+from diffusers_vsdm.schedulers.scheduling_vsdm import DRIFT_FILE, DRIFT_FOLDER
+
+from .problems import ANISOTROPIC, scheduler_for
+
+
+SHAPE = (2, 3, 8, 8)
+
+
+class Network(torch.nn.Module):
+    """A fixed random function of sample and time, bounded as a trained network's output is."""
+
+    def __init__(self, channels=3):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, channels, 3, padding=1)
+
+    @torch.no_grad()
+    def forward(self, x, t):
+        return torch.tanh(self.layer(x) + float(t) / 1000)
+
+
+def sample(scheduler, network, steps, seed=0):
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed + 1)
+    takes_generator = {"generator": generator} if "generator" in scheduler.step.__code__.co_varnames else {}
+    if steps is not None:
+        scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t), t, x, **takes_generator).prev_sample
+    return x
+
+
+def drifting(shape=(3,), lam=(0.7, 1.9, 1.0), **settings):
+    scheduler = VSDMScheduler.from_power_law(clip_sample=False, **settings)
+    drift = AdaptiveDiagonalDrift(shape)
+    drift.set_lambda(torch.tensor(lam).reshape(shape))
+    scheduler.set_drift(drift)
+    return scheduler
+
+
+# The neutral process is DDPM ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1},
+        {"beta_schedule": "squaredcos_cap_v2", "variance_type": "fixed_large"},
+        {"beta_schedule": "sigmoid", "variance_type": "fixed_small_log"},
+        {"trained_betas": np.linspace(1e-3, 0.03, 1000, dtype=np.float32)},
+        {"prediction_type": "sample", "timestep_spacing": "trailing"},
+        {"prediction_type": "v_prediction", "timestep_spacing": "linspace"},
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        {"thresholding": True, "sample_max_value": 1.5},
+        {"clip_sample_range": 0.3},
+    ],
+)
+@pytest.mark.parametrize("steps, tolerance", [(25, 2e-5), (1000, 1e-3)])
+def test_gives_the_samples_of_ddpm(config, steps, tolerance):
+    if steps == 1000:
+        config = {key: value for key, value in config.items() if key != "steps_offset"}  # the stock class overruns
+    stock = DDPMScheduler(**config)
+    ours = VSDMScheduler.from_config(stock.config)
+    network = Network()
+    expected, actual = sample(stock, network, steps), sample(ours, network, steps)
+    assert torch.equal(stock.timesteps, ours.timesteps)
+    assert expected.abs().max() > 0.1
+    assert (expected - actual).abs().max() < tolerance * max(1.0, float(expected.abs().max()))
+
+
+def test_a_neutral_drift_changes_nothing():
+    stock, network = DDPMScheduler(), Network()
+    ours = VSDMScheduler.from_config(stock.config)
+    ours.set_drift(AdaptiveDiagonalDrift((3, 8, 8)))
+    _ = ours.init_noise_sigma
+    assert (sample(stock, network, 25) - sample(ours, network, 25)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_learned_variance_is_ddpms(variance_type):
+    stock = DDPMScheduler(variance_type=variance_type)
+    ours = VSDMScheduler.from_config(stock.config)
+    network = Network(6)
+
+    def positive(x, t):
+        mean, variance = network(x, t).chunk(2, dim=1)
+        return torch.cat([mean, variance.abs() * 0.01 if variance_type == "learned" else variance], dim=1)
+
+    # Diffusers draws noise for both halves of the network's output; the mean path is comparable
+    stock.set_timesteps(10)
+    ours.set_timesteps(10)
+    x = torch.randn(SHAPE)
+    for t in (900, 500, 100):
+        seeds = [torch.Generator().manual_seed(3) for _ in range(2)]
+        expected = stock.step(positive(x, t), t, x, generator=seeds[0]).prev_sample
+        actual = ours.step(positive(x, t), t, x, generator=seeds[1]).prev_sample
+        assert (expected - actual).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_ddim_gives_the_samples_of_ddim(prediction_type):
+    stock = DDIMScheduler(prediction_type=prediction_type, set_alpha_to_one=True)
+    ours = VSDMScheduler.from_config(stock.config, solver="ddim")
+    network = Network()
+    x = torch.randn(SHAPE)
+    stock.set_timesteps(20)
+    ours.set_timesteps(20)
+    y = x
+    for t in stock.timesteps:
+        x = stock.step(network(x, t), int(t), x).prev_sample
+        y = ours.step(network(y, t), int(t), y).prev_sample
+    assert (x - y).abs().max() < 2e-5
+
+
+def test_add_noise_and_velocity_are_ddpms():
+    stock = DDPMScheduler()
+    ours = VSDMScheduler.from_config(stock.config)
+    x, noise, t = torch.randn(SHAPE), torch.randn(SHAPE), torch.tensor([3, 987])
+    torch.testing.assert_close(ours.add_noise(x, noise, t), stock.add_noise(x, noise, t), rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours.get_velocity(x, noise, t), stock.get_velocity(x, noise, t), rtol=0, atol=2e-5)
+
+
+# The process with a drift ---------------------------------------------------------------------------------------------
+
+
+def test_add_noise_has_the_moments_of_corollary_1():
+    scheduler = drifting()
+    x0 = torch.tensor([1.0, -2.0, 3.0]).expand(100_000, 3)
+    k = 63
+    x = scheduler.add_noise(x0, torch.randn(x0.shape), torch.tensor([k]))
+    t = torch.tensor((k + 1) / 100, dtype=torch.float64)
+    g = process.power_law_integrated_beta(t, 0.1, 10.0, 1.7)
+    lam = torch.tensor([0.7, 1.9, 1.0], dtype=torch.float64)
+    mean, variance = process.mean_scale(lam, g) * x0[0], process.variance(lam, g)
+    assert ((x.mean(0) - mean) / (variance / len(x)).sqrt()).abs().max() < 4
+    assert (x.var(0) / variance - 1).abs().max() < 4 * (2 / len(x)) ** 0.5
+
+
+@given(
+    name=st.sampled_from(sorted(PARAMETERIZATIONS)),
+    lam=st.lists(st.floats(0.05, 8), min_size=3, max_size=3),
+    k=st.integers(0, 99),
+)
+@settings(deadline=None)
+def test_parameterizations_invert(name, lam, k):
+    """From the right output every prediction type gives the same data, noise and score, at any lambda."""
+    scheduler = drifting(lam=lam, prediction_type=name, solver="ddim")
+    x0, eps = torch.randn(4, 3).double(), torch.randn(4, 3).double()
+    x = scheduler.add_noise(x0, eps, torch.tensor([k]))
+    a, s = scheduler.marginal_scales(x0, torch.tensor([k]))
+    output = PARAMETERIZATIONS[name].target(x0, eps, a, s)
+    torch.testing.assert_close(scheduler.get_score(output, k, x), -eps / s, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(scheduler.step(output, k, x).pred_original_sample, x0, rtol=1e-4, atol=1e-5)
+    shifted = PARAMETERIZATIONS[name].eps(output + 1e-3, x, a, s) - PARAMETERIZATIONS[name].eps(output, x, a, s)
+    expected = 1e-3 * PARAMETERIZATIONS[name].eps_per_unit(a, s)
+    torch.testing.assert_close(shifted.abs(), expected.expand_as(shifted).abs(), rtol=1e-5, atol=1e-12)
+
+
+def test_scaled_input_is_the_sample():
+    x = torch.randn(SHAPE)
+    assert VSDMScheduler().scale_model_input(x, 0.0) is x
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_follows_float32(dtype):
+    scheduler = drifting(solver="ddim")
+    _ = scheduler.init_noise_sigma
+    outputs = []
+    for kind in (torch.float32, dtype):
+        scheduler.set_timesteps(20)
+        x = torch.linspace(-2, 2, 12).reshape(4, 3).to(kind)
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.tanh(x), t, x).prev_sample
+            assert x.dtype == kind
+        outputs.append(x.float())
+    assert (outputs[0] - outputs[1]).abs().max() < 40 * torch.finfo(dtype).eps
+
+
+def test_changing_the_drift_in_place_changes_the_tables():
+    scheduler = drifting()
+    x, noise, k = torch.ones(1, 3), torch.ones(1, 3), torch.tensor([50])
+    before = scheduler.add_noise(x, noise, k)
+    scheduler.step(noise, 50, x)
+    scheduler.drift.set_lambda(3.0)
+    after = scheduler.add_noise(x, noise, k)
+    assert (before - after).abs().min() > 0.01
+    fresh = drifting(lam=(3.0, 3.0, 3.0))
+    assert torch.equal(after, fresh.add_noise(x, noise, k))
+    step, again = scheduler.step(noise, 50, x), fresh.step(noise, 50, x)
+    assert torch.equal(step.pred_original_sample, again.pred_original_sample)
+
+
+# Prior ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prior_type", ["conditional", "marginal"])
+def test_prior_is_the_process_at_its_first_timestep(prior_type):
+    scheduler = scheduler_for(ANISOTROPIC, prior_type=prior_type)
+    scheduler.set_timesteps(10)
+    g = scheduler.integrated_beta[int(scheduler.timesteps[0])]
+    mean, variance = ANISOTROPIC.moments(g)
+    if prior_type == "conditional":
+        mean, variance = 0 * mean, process.variance(ANISOTROPIC.lam, g)
+    n = 50_000
+    x = scheduler.sample_prior((n, 3), generator=torch.Generator().manual_seed(0))
+    assert ((x.mean(0) - mean) / (variance / n).sqrt()).abs().max() < 4
+    assert (x.var(0) / variance - 1).abs().max() < 4 * (2 / n) ** 0.5
+    torch.testing.assert_close(scheduler.init_noise_sigma, variance.sqrt().float())
+
+
+def test_prior_does_not_depend_on_the_batch_split():
+    scheduler = scheduler_for(ANISOTROPIC)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    whole = scheduler.sample_prior((4, 3), generator=generators)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    parts = [scheduler.sample_prior((2, 3), generator=generators[i : i + 2]) for i in (0, 2)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_noise_that_ignores_the_prior_warns_once():
+    scheduler = drifting()
+    scheduler.set_timesteps(5)
+    x = torch.randn(2, 3)
+    with pytest.warns(UserWarning, match="sample_prior"):
+        scheduler.step(x, scheduler.timesteps[0], x)
+    used = drifting()
+    used.set_timesteps(5)
+    prior = used.sample_prior((2, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.set_timesteps(5)
+        scheduler.step(x, scheduler.timesteps[0], x)
+        used.step(prior, used.timesteps[0], prior)
+
+
+# Timesteps ------------------------------------------------------------------------------------------------------------
+
+
+def test_power_law_starts_and_ends_where_the_paper_says():
+    scheduler = VSDMScheduler.from_power_law(0.1, 20.0, 1.7, 100)
+    k = torch.arange(100)
+    t = (k.double() + 1) / 100
+    expected = process.power_law_integrated_beta(t, 0.1, 20.0, 1.7)
+    torch.testing.assert_close(scheduler.integrated_beta, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        scheduler.rates(k).double(), process.power_law_beta(t - 0.005, 0.1, 20.0, 1.7), rtol=5e-3, atol=2e-4
+    )
+    # stock schedulers understand the table
+    torch.testing.assert_close(
+        DDPMScheduler.from_config(scheduler.config).alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-5, atol=0
+    )
+
+
+def test_final_sigmas_type_ends_at_the_first_training_time():
+    scheduler = drifting(solver="euler", final_sigmas_type="sigma_min", timestep_spacing="linspace")
+    scheduler.set_timesteps(99)
+    assert scheduler.timesteps.tolist() == list(range(99, 0, -1))
+    assert scheduler.previous_timestep(1) == 0
+    scheduler.set_timesteps(9)
+    assert scheduler.timesteps.tolist() == list(range(99, 0, -11))
+    with pytest.raises(ValueError, match="between 1 and 99"):
+        scheduler.set_timesteps(100)
+    with pytest.raises(ValueError, match="descending order and end above 0"):
+        scheduler.set_timesteps(timesteps=[50, 0])
+
+
+def test_heun_repeats_timesteps_as_diffusers_does():
+    scheduler = VSDMScheduler(solver="heun", clip_sample=False)
+    scheduler.set_timesteps(4)
+    assert scheduler.order == 2
+    assert scheduler.timesteps.tolist() == [750, 500, 500, 250, 250, 0, 0]
+    # a start in the middle takes the position from which a step begins
+    assert scheduler.index_for_timestep(500) == 2
+    x, outputs = torch.randn(SHAPE), []
+    for restart in (True, False):
+        scheduler.set_timesteps(4)
+        if restart:
+            scheduler.set_begin_index(2)
+        y = x
+        for t in scheduler.timesteps[2:]:
+            y = scheduler.step(0.5 * y, t, y).prev_sample
+        outputs.append(y)
+    assert torch.equal(*outputs)
+
+
+def test_previous_timestep():
+    scheduler = VSDMScheduler()
+    assert scheduler.previous_timestep(500) == 499
+    scheduler.set_timesteps(timesteps=[900, 400, 30])
+    assert [scheduler.previous_timestep(t) for t in (900, 400, 30)] == [400, 30, -1]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda s: s.set_timesteps(1001), "between 1 and 1000"),
+        (lambda s: s.set_timesteps(0), "between 1 and 1000"),
+        (lambda s: s.set_timesteps(), "exactly one"),
+        (lambda s: s.set_timesteps(5, timesteps=[3, 2]), "exactly one"),
+        (lambda s: s.set_timesteps(timesteps=[5, 5]), "descending"),
+        (lambda s: s.set_timesteps(timesteps=[1000, 5]), "below the 1000"),
+        (lambda s: s.set_timesteps(timesteps=[5.5]), "whole"),
+        (lambda s: s.set_timesteps(timesteps=[]), "empty"),
+        (lambda s: s.step(torch.zeros(SHAPE), 1000, torch.zeros(SHAPE)), "`timestep` 1000"),
+        (lambda s: s.step(torch.zeros(SHAPE), -1, torch.zeros(SHAPE)), "`timestep` -1"),
+        (lambda s: s.step(torch.zeros(2, 3), 5, torch.zeros(SHAPE)), "must agree"),
+        (lambda s: s.add_noise(torch.zeros(SHAPE), torch.zeros(SHAPE), torch.tensor([1000])), "lie in"),
+        (lambda s: s.add_noise(torch.zeros(SHAPE), torch.zeros(SHAPE), torch.tensor([-1])), "lie in"),
+        (lambda s: s.add_noise(torch.zeros(SHAPE), torch.zeros(SHAPE), torch.tensor([0.5])), "integer"),
+        (lambda s: s.set_begin_index(1000), "begin_index"),
+    ],
+)
+def test_bad_calls_say_what_is_wrong(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(VSDMScheduler())
+
+
+def test_a_step_too_many():
+    scheduler = VSDMScheduler()
+    scheduler.set_timesteps(2)
+    scheduler.set_begin_index(0)
+    x = torch.zeros(SHAPE)
+    for t in scheduler.timesteps:
+        scheduler.step(x, t, x)
+    with pytest.raises(ValueError, match="more often"):
+        scheduler.step(x, 0, x)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["solver", "prediction_type", "prior_type", "timestep_spacing", "variance_type", "beta_schedule", "final_sigmas_type"],
+)
+def test_unknown_settings_name_themselves(setting):
+    with pytest.raises(ValueError, match=f"`{setting}` must be one of"):
+        VSDMScheduler(**{setting: "nonsense"})
+
+
+def test_other_bad_settings():
+    with pytest.raises(ValueError, match="trained_betas"):
+        VSDMScheduler(trained_betas=[0.1, 0.2])
+    with pytest.raises(ValueError, match="beta_min"):
+        VSDMScheduler.from_power_law(beta_min=0.0)
+    with pytest.raises(ValueError, match="betas must lie"):
+        VSDMScheduler(num_train_timesteps=2, trained_betas=[0.1, -0.2])
+    with pytest.raises(ValueError, match="drift is for"):
+        drifting().step(torch.zeros(1, 4), 0, torch.zeros(1, 4))
+    with pytest.raises(TypeError, match="AdaptiveDiagonalDrift"):
+        VSDMScheduler().set_drift(1.0)
+    epsilon = VSDMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    with pytest.raises(ValueError, match="no signal left"):
+        epsilon.step(torch.zeros(SHAPE), 999, torch.zeros(SHAPE))
+    euler = VSDMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", solver="euler")
+    with pytest.raises(ValueError, match="no signal left"):
+        euler.step(torch.zeros(SHAPE), 999, torch.zeros(SHAPE))
+
+
+# The drift travels ----------------------------------------------------------------------------------------------------
+
+
+def lam_of(scheduler):
+    return None if scheduler.drift is None else scheduler.drift.lam.tolist()
+
+
+LAM = [0.7000000000000001, 1.9, 1 / 3]
+
+
+def test_drift_survives_every_way_of_carrying_a_scheduler(tmp_path):
+    scheduler = drifting()
+    scheduler.drift.set_lambda(torch.tensor(LAM, dtype=torch.float64))
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    carried = {
+        "from_pretrained": VSDMScheduler.from_pretrained(tmp_path / "scheduler"),
+        "subfolder": VSDMScheduler.from_pretrained(tmp_path, subfolder="scheduler"),
+        "from_config": VSDMScheduler.from_config(scheduler.config, solver="euler"),
+        "from_config of from_pretrained": VSDMScheduler.from_config(
+            VSDMScheduler.from_pretrained(tmp_path / "scheduler").config
+        ),
+        "drift=": VSDMScheduler.from_config(json.loads(scheduler.to_json_string()), drift=scheduler.drift),
+        "deepcopy": copy.deepcopy(scheduler),
+        "pickle": pickle.loads(pickle.dumps(scheduler)),
+    }
+    for way, other in carried.items():
+        assert lam_of(other) == LAM, way
+        assert other.config["drift_sha256"] == scheduler.config["drift_sha256"], way
+        other.drift.set_lambda(2.0)
+        assert lam_of(scheduler) == LAM, f"{way} shares its drift"
+    assert carried["from_config"].config["solver"] == "euler"
+
+
+def test_the_file_is_nested_in_a_dotted_folder(tmp_path):
+    drifting().save_pretrained(tmp_path)
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert files == ["scheduler_config.json", "vsdm.drift/drift.safetensors"]
+
+
+def test_digest_follows_the_live_drift():
+    scheduler = drifting()
+    first = scheduler.config["drift_sha256"]
+    scheduler.drift.set_lambda(2.0)
+    assert scheduler.config["drift_sha256"] not in (None, first)
+    scheduler.set_drift(None)
+    assert scheduler.config["drift_sha256"] is None
+    assert lam_of(VSDMScheduler.from_config(scheduler.config)) is None
+
+
+def test_a_digest_without_its_drift_is_refused(tmp_path):
+    scheduler = drifting()
+    plain = json.loads(json.dumps(scheduler.config))
+    with pytest.raises(ValueError, match="learned drift"):
+        VSDMScheduler.from_config(plain)
+    assert lam_of(VSDMScheduler.from_config(plain, drift_sha256=None)) is None
+    scheduler.save_pretrained(tmp_path)
+    (tmp_path / DRIFT_FOLDER / DRIFT_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match="missing"):
+        VSDMScheduler.from_pretrained(tmp_path)
+
+
+def test_a_damaged_or_foreign_drift_file_is_refused(tmp_path):
+    scheduler = drifting()
+    scheduler.save_pretrained(tmp_path)
+    path = tmp_path / DRIFT_FOLDER / DRIFT_FILE
+    content = bytearray(path.read_bytes())
+    path.write_bytes(bytes(content[:-3]))
+    with pytest.raises(ValueError, match="damaged"):
+        VSDMScheduler.from_pretrained(tmp_path)
+    content[-1] ^= 1  # a number is changed: a valid file, but another drift
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="not the one|not positive"):
+        VSDMScheduler.from_pretrained(tmp_path)
+
+
+def test_a_stock_class_warns_about_the_lost_drift(caplog):
+    scheduler = drifting()
+    assert not hasattr(diffusers, "VSDMScheduler")
+    logger = diffusers.utils.logging.get_logger("diffusers.configuration_utils")
+    logger.addHandler(caplog.handler)
+    try:
+        for stock in (DDPMScheduler, DPMSolverMultistepScheduler):
+            caplog.clear()
+            stock.from_config(scheduler.config)
+            assert "drift_sha256" in caplog.text and "not expected" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+def test_foreign_configurations_keep_their_keys_and_get_our_default_solver():
+    stock = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=3)
+    ours = VSDMScheduler.from_config(stock.config)
+    assert ours.config["solver"] == "ddpm"
+    back = DPMSolverMultistepScheduler.from_config(ours.config)
+    assert back.config["algorithm_type"] == "sde-dpmsolver++" and back.config["solver_order"] == 3

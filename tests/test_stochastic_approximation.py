@@ -1,0 +1,197 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_vsdm import AdaptiveDiagonalDrift, StochasticApproximation, process
+
+from .problems import DiagonalGaussian
+
+
+N = 100
+T = torch.arange(1, N + 1, dtype=torch.float64) / N
+G = process.power_law_integrated_beta(T, 0.1, 10.0, 1.7)
+MEAN = torch.tensor([0.0, 0.0], dtype=torch.float64)
+VARIANCE = torch.tensor([0.5, 20.0], dtype=torch.float64)
+
+
+def gaussian(drift):
+    return DiagonalGaussian(MEAN, VARIANCE, drift.lam)
+
+
+def exact_score(drift):
+    return lambda x, k: gaussian(drift).score(x.double(), G[k]).float()
+
+
+def exact_moments(approximation, drift):
+    """The expectations of the simulated moments, by the recursion of the Euler-Maruyama chain's own mean and variance."""
+    problem = gaussian(drift)
+    mean, variance = torch.zeros(2).double(), torch.ones(2).double()
+    score_x, x_x, total = 0, 0, 0
+    for k, g, g_next in zip(approximation.timesteps, approximation.g, approximation.g_next):
+        m_t, v_t = problem.moments(g)
+        dg = g - g_next
+        second = variance + mean**2
+        score_x = score_x - dg * (second - m_t * mean) / v_t
+        x_x = x_x + dg * second
+        total = total + dg
+        slope = 1 + dg * (0.5 * drift.lam - 1 / v_t)
+        mean, variance = slope * mean + dg * m_t / v_t, slope**2 * variance + dg
+    return score_x / total, x_x / total
+
+
+@pytest.mark.parametrize("lam", [[1.0, 1.0], [0.3, 3.0]])
+def test_moments_are_those_of_the_simulated_chain(lam):
+    drift = AdaptiveDiagonalDrift((2,))
+    drift.set_lambda(torch.tensor(lam))
+    approximation = StochasticApproximation(drift, G, num_trajectories=1)
+    expected = torch.stack(exact_moments(approximation, drift))
+    # batches of one stage each, for a standard error that assumes nothing
+    stages = []
+    for seed in range(30):
+        drift.set_lambda(torch.tensor(lam))
+        output = StochasticApproximation(drift, G, num_trajectories=400, seed=seed).update(exact_score(drift))
+        stages.append(torch.stack([output.score_x, output.x_x]))
+    stages = torch.stack(stages)
+    z = (stages.mean(0) - expected) / (stages.std(0) / math.sqrt(len(stages)))
+    assert z.abs().max() < 4, z
+
+
+@pytest.mark.parametrize("zeta", [0.8, 0.9])
+def test_converges_to_the_root_of_its_mean_field(zeta):
+    """Robbins-Monro with the exact score, against bisection on the exact moments."""
+    drift = AdaptiveDiagonalDrift((2,))
+    approximation = StochasticApproximation(drift, G, zeta=zeta, num_trajectories=1000)
+    low, high = torch.full((2,), 0.02).double(), torch.full((2,), 20.0).double()
+    root = AdaptiveDiagonalDrift((2,))
+    for _ in range(60):
+        root.set_lambda((low * high).sqrt())
+        below = exact_moments(approximation, root)[0] + zeta > 0  # lambda still rises
+        low, high = torch.where(below, root.lam, low), torch.where(below, high, root.lam)
+    for _ in range(120):
+        approximation.update(exact_score(drift))
+    np.testing.assert_allclose(drift.average("polyak"), root.lam, rtol=0.05)
+    assert drift.lam[1] > 1.2 * drift.lam[0]  # the wide axis is driven harder
+
+
+def test_inner_product_convention_uses_its_own_gradient():
+    drift = AdaptiveDiagonalDrift((2,))
+    drift.set_lambda(torch.tensor([0.5, 2.0]))
+    lam = drift.lam.clone()
+    approximation = StochasticApproximation(
+        drift, G, zeta=0.75, zeta_placement="inner_product", num_trajectories=64, clip=100.0
+    )
+    output = approximation.update(exact_score(drift))
+    expected = 1 + 0.75 * output.score_x + 0.25 * (1 - lam) / 2 * output.x_x
+    torch.testing.assert_close(output.gradient, expected)
+    torch.testing.assert_close(drift.lam, lam * torch.exp(output.step_size * expected))
+
+
+def test_conventions_agree_at_zeta_one():
+    outputs = []
+    for placement in ("divergence", "inner_product"):
+        drift = AdaptiveDiagonalDrift((2,))
+        approximation = StochasticApproximation(drift, G, zeta=1.0, zeta_placement=placement, num_trajectories=32)
+        outputs.append(approximation.update(exact_score(drift)).lam)
+    torch.testing.assert_close(*outputs)
+
+
+def test_steps_obey_a5_and_the_clip():
+    drift = AdaptiveDiagonalDrift((2,))
+    approximation = StochasticApproximation(
+        drift, G, num_trajectories=4, step_scale=2.0, step_offset=5.0, step_power=0.8, clip=0.01
+    )
+    for k in range(1, 4):
+        before = drift.lam.clone()
+        output = approximation.update(exact_score(drift))
+        assert output.step_size == pytest.approx(2.0 / (k**0.8 + 5.0))
+        assert output.gradient.abs().max() <= 0.01
+        torch.testing.assert_close(drift.lam, before * torch.exp(output.step_size * output.gradient))
+
+
+def test_moments_that_are_not_finite_skip_the_update_and_are_counted():
+    drift = AdaptiveDiagonalDrift((2,))
+    approximation = StochasticApproximation(drift, G, num_trajectories=8)
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        output = approximation.update(lambda x, k: x * float("nan"))
+    assert output.skipped and approximation.num_skipped == 1
+    assert drift.is_neutral and int(drift.num_updates) == 0
+    assert not approximation.update(exact_score(drift)).skipped
+    assert approximation.num_stages == 2 and int(drift.num_updates) == 1
+
+
+def test_result_depends_neither_on_batches_nor_on_processes():
+    def stage(batch_size, shares):
+        drift = AdaptiveDiagonalDrift((2,))
+        sums = []
+        for index in range(shares):  # each "process" records its sum; the last one gets them all
+            drift = AdaptiveDiagonalDrift((2,))
+            approximation = StochasticApproximation(drift, G, num_trajectories=37, batch_size=batch_size)
+
+            def reduce_sum(tensor):
+                sums.append(tensor)
+                return sum(sums)
+
+            output = approximation.update(exact_score(drift), process_index=index, num_processes=shares, reduce_sum=reduce_sum)
+        return output.lam
+
+    whole = stage(None, 1)
+    for batch_size, shares in ((5, 1), (None, 2), (3, 3)):
+        torch.testing.assert_close(stage(batch_size, shares), whole, rtol=1e-6, atol=0)
+
+
+def test_shared_lambda_averages_over_its_dimensions():
+    """One lambda per channel of an image moves as the mean over that channel's pixels."""
+    def update(lambda_shape):
+        drift = AdaptiveDiagonalDrift((3, 4, 4), lambda_shape)
+        approximation = StochasticApproximation(drift, G, num_trajectories=16, num_steps=20)
+        return approximation.update(lambda x, k: -x / 3).score_x
+
+    per_pixel = update((3, 4, 4))
+    torch.testing.assert_close(update((3, 1, 1)), per_pixel.mean((1, 2), keepdim=True), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(update((1, 1, 1)), per_pixel.mean().reshape(1, 1, 1), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("prior", ["standard", "conditional", "marginal"])
+def test_simulation_starts_from_its_prior(prior):
+    drift = AdaptiveDiagonalDrift((2,))
+    drift.set_lambda(torch.tensor([0.5, 2.0]))
+    drift.data_mean.copy_(torch.tensor([4.0, -4.0]))
+    drift.data_variance.copy_(torch.tensor([9.0, 1.0]))
+    lam, starts = drift.lam.clone(), []
+    approximation = StochasticApproximation(drift, G, num_trajectories=4000, num_steps=10, prior=prior)
+    approximation.update(lambda x, k: starts.append(x) or -x)
+    start = starts[0].double()
+    a, s2 = torch.exp(-lam * G[-1] / 2), (1 - torch.exp(-lam * G[-1])) / lam
+    mean, variance = {
+        "standard": (0 * a, torch.ones(2)),
+        "conditional": (0 * a, s2),
+        "marginal": (a * torch.tensor([4.0, -4.0]), a**2 * torch.tensor([9.0, 1.0]) + s2),
+    }[prior]
+    assert ((start.mean(0) - mean) / (variance / 4000).sqrt()).abs().max() < 4
+    assert (start.var(0) / variance - 1).abs().max() < 4 * (2 / 4000) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"zeta": 0.0},
+        {"zeta": 1.5},
+        {"zeta_placement": "elsewhere"},
+        {"prior": "uniform"},
+        {"num_trajectories": 0},
+        {"num_steps": 101},
+        {"step_power": 0.5},
+        {"step_scale": -1.0},
+        {"clip": 0.0},
+    ],
+)
+def test_bad_settings_name_themselves(setting):
+    with pytest.raises(ValueError, match=f"`{next(iter(setting))}`"):
+        StochasticApproximation(AdaptiveDiagonalDrift((2,)), G, **setting)
+
+
+def test_bad_table():
+    with pytest.raises(ValueError, match="integrated_beta"):
+        StochasticApproximation(AdaptiveDiagonalDrift((2,)), G.flip(0))

@@ -56,7 +56,7 @@ def denoising_score_matching(
         raise ValueError(f"`weighting` must be one of {tuple(WEIGHTINGS)}, got {weighting!r}.")
     network = PARAMETERIZATIONS[scheduler.config["prediction_type"]]
     a, s = scheduler.marginal_scales(sample, timesteps)
-    error = (model_output.float() - network.target(sample, noise, a, s).float()) ** 2
+    error = (model_output.to(s.dtype) - network.target(sample, noise, a, s)) ** 2
     weight = WEIGHTINGS[weighting]
     if weight is None:
         return error.mean()

@@ -17,6 +17,7 @@ from ..schedulers import VSDMScheduler
 
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+ALIGNMENT = 64  # bytes, of torch's CPU allocator
 
 
 @dataclass
@@ -60,6 +61,11 @@ class VSDMPipeline(DiffusionPipeline):
                 " class cannot use: the network and its noise levels would not match. Use"
                 " `VSDMScheduler.from_config(pipe.scheduler.config, solver=...)`."
             )
+        # Weights that were just loaded lie in the file's own alignment, and the matrix kernels of a CPU round by it:
+        # without this a model samples differently in the last digit after loading
+        for parameter in unet.parameters():
+            if parameter.data_ptr() % ALIGNMENT:
+                parameter.data = parameter.data.clone()
         self.register_modules(unet=unet, scheduler=scheduler, normalizer=normalizer)
 
     @property

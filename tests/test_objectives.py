@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from diffusers_vsdm.objectives import WEIGHTINGS, denoising_score_matching
+from diffusers_vsdm.schedulers.parameterization import PARAMETERIZATIONS
+
+from .problems import ANISOTROPIC, scheduler_for
+
+
+K = torch.randint(5, 95, (64,), generator=torch.Generator().manual_seed(0))
+
+
+def batch():
+    x0, eps = torch.randn(64, 3).double(), torch.randn(64, 3).double()
+    return x0, eps
+
+
+@pytest.mark.parametrize("weighting", [name for name in WEIGHTINGS if name != "simple"])
+def test_weighted_loss_does_not_depend_on_what_the_network_predicts(weighting):
+    """The same error in the score costs the same under every prediction type."""
+    x0, eps = batch()
+    wrong_eps = eps + 0.1 * torch.randn_like(eps)
+    losses = []
+    for name, network in PARAMETERIZATIONS.items():
+        scheduler = scheduler_for(ANISOTROPIC, prediction_type=name)
+        x = scheduler.add_noise(x0, eps, K)
+        a, s = scheduler.marginal_scales(x0, K)
+        output = network.target((x - s * wrong_eps) / a, wrong_eps, a, s)  # consistent with x
+        # a consistent pair (x0, eps) is what an output stands for: check, then measure
+        torch.testing.assert_close(network.eps(output, x, a, s), wrong_eps, rtol=1e-4, atol=1e-5)
+        losses.append(float(denoising_score_matching(scheduler, output, x0, eps, K, weighting)))
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-3)
+
+
+def test_score_weighting_is_eq_16_as_printed():
+    x0, eps = batch()
+    scheduler = scheduler_for(ANISOTROPIC)
+    _, s = scheduler.marginal_scales(x0, K)
+    prediction = eps + torch.randn_like(eps)
+    printed = ((-eps / s - scheduler.get_score(prediction, K, scheduler.add_noise(x0, eps, K))) ** 2).mean()
+    loss = denoising_score_matching(scheduler, prediction, x0, eps, K, "score")
+    torch.testing.assert_close(loss, printed, rtol=1e-9, atol=0)
+    rates = scheduler.rates(K)[:, None]
+    likelihood = denoising_score_matching(scheduler, prediction, x0, eps, K, "likelihood")
+    torch.testing.assert_close(likelihood, (rates * (prediction - eps) ** 2 / s**2).mean(), rtol=1e-9, atol=0)
+
+
+def test_simple_is_the_mean_squared_error_of_the_target():
+    x0, eps = batch()
+    scheduler = scheduler_for(ANISOTROPIC, prediction_type="v_prediction")
+    target = scheduler.get_velocity(x0, eps, K)
+    assert float(denoising_score_matching(scheduler, target, x0, eps, K)) < 1e-10
+    assert float(denoising_score_matching(scheduler, target + 2, x0, eps, K)) == pytest.approx(4.0, rel=1e-5)
+
+
+def test_the_minimiser_is_the_score():
+    """Regressing on the noise finds the marginal's score, by least squares on a Gaussian."""
+    scheduler = scheduler_for(ANISOTROPIC)
+    n, k = 400_000, torch.tensor([60])
+    x0 = ANISOTROPIC.mean + ANISOTROPIC.variance.sqrt() * torch.randn(n, 3).double()
+    eps = torch.randn(n, 3).double()
+    x = scheduler.add_noise(x0, eps, k)
+    slope = ((x - x.mean(0)) * (eps - eps.mean(0))).mean(0) / x.var(0)
+    g = scheduler.integrated_beta[60]
+    one, zero = torch.ones(3).double(), torch.zeros(3).double()
+    torch.testing.assert_close(slope, ANISOTROPIC.eps(one, g) - ANISOTROPIC.eps(zero, g), rtol=0.02, atol=0.003)
+
+
+def test_unknown_weighting():
+    x0, eps = batch()
+    with pytest.raises(ValueError, match="weighting"):
+        denoising_score_matching(scheduler_for(ANISOTROPIC), eps, x0, eps, K, "edm")

@@ -1,0 +1,216 @@
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+
+import diffusers_vsdm
+from diffusers_vsdm import AdaptiveDiagonalDrift, DataNormalizer, MLPModel, VSDMPipeline, VSDMScheduler
+
+
+def randomize(model):
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def vectors(solver="heun", normalizer=True, **settings):
+    scheduler = VSDMScheduler.from_power_law(clip_sample=False, solver=solver, prior_type="marginal", **settings)
+    drift = AdaptiveDiagonalDrift((2,))
+    drift.set_lambda(torch.tensor([0.7, 1 / 3], dtype=torch.float64))
+    drift.fit_moments(torch.randn(100, 2))
+    scheduler.set_drift(drift)
+    data = torch.randn(100, 2) * torch.tensor([3.0, 20.0]) + 5
+    pipeline = VSDMPipeline(
+        randomize(MLPModel(2, 100, 16, 2)), scheduler, DataNormalizer.from_data(data) if normalizer else None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def images(channels=3, **settings):
+    unet = randomize(
+        UNet2DModel(
+            sample_size=8,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+        )
+    )
+    pipeline = VSDMPipeline(unet, VSDMScheduler(**settings))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "heun"])
+@pytest.mark.parametrize("loader", [VSDMPipeline, DiffusionPipeline])
+@pytest.mark.parametrize("batch_size", [5, 300])
+def test_samples_are_bit_identical_after_loading(tmp_path, solver, loader, batch_size):
+    pipeline = vectors(solver)
+    before = pipeline(batch_size, generator(), num_inference_steps=10).samples
+    pipeline.save_pretrained(tmp_path)
+    loaded = loader.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is VSDMPipeline
+    assert np.array_equal(loaded(batch_size, generator(), num_inference_steps=10).samples, before)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers_vsdm", "VSDMScheduler"]
+    assert index["unet"] == ["diffusers_vsdm", "MLPModel"]
+
+
+def test_images_load_without_a_normalizer(tmp_path):
+    pipeline = images()
+    before = pipeline(2, generator(), num_inference_steps=4, output_type="pt").images
+    pipeline.save_pretrained(tmp_path)
+    loaded = VSDMPipeline.from_pretrained(tmp_path)
+    assert loaded.normalizer is None
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(loaded(2, generator(), num_inference_steps=4, output_type="pt").images, before)
+
+
+def test_gives_the_images_of_the_ddpm_pipeline():
+    ours = images(clip_sample=True)
+    stock = DDPMPipeline(ours.unet, DDPMScheduler())
+    stock.set_progress_bar_config(disable=True)
+    expected = stock(2, generator(2), num_inference_steps=6, output_type="np").images
+    # the stock pipeline draws its start from the same generator
+    again = generator(2)
+    latents = torch.randn(2, 3, 8, 8, generator=again)
+    actual = ours(2, again, num_inference_steps=6, latents=latents, output_type="np").images
+    assert np.abs(expected - actual).max() < 2e-5
+
+
+def test_progress_of_a_run():
+    pipeline = vectors()
+    seen = []
+
+    def callback(pipe, index, timestep, tensors):
+        assert pipe is pipeline
+        seen.append((index, int(timestep), tuple(tensors["latents"].shape)))
+        return {"latents": tensors["latents"] * 0} if index == 6 else {}
+
+    output = pipeline(3, generator(), num_inference_steps=4, callback_on_step_end=callback)
+    assert [k for _, k, _ in seen] == [75, 50, 50, 25, 25, 0, 0] and len(seen) == 2 * 4 - 1
+    np.testing.assert_allclose(output.samples, pipeline.normalizer.mean.expand(3, 2))
+
+
+def test_trajectory_runs_from_the_prior_to_the_samples_by_whole_steps():
+    pipeline = vectors()
+    output = pipeline(3, generator(), num_inference_steps=4, return_trajectory=True)
+    assert output.trajectory.shape == (5, 3, 2)
+    np.testing.assert_array_equal(output.trajectory[-1], output.samples)
+    pipeline.scheduler.set_timesteps(4)
+    prior = pipeline.scheduler.sample_prior((3, 2), generator())
+    torch.testing.assert_close(output.trajectory[0], pipeline.normalizer.denormalize(prior))
+    samples, trajectory = pipeline(3, generator(), num_inference_steps=4, return_trajectory=True, return_dict=False)
+    assert np.array_equal(samples, output.samples) and torch.equal(trajectory, output.trajectory)
+
+
+def test_latents_and_timesteps():
+    pipeline = vectors("ddim")
+    pipeline.scheduler.set_timesteps(timesteps=[80, 30, 5])
+    latents = pipeline.scheduler.sample_prior((3, 2), generator())
+    given = pipeline(3, timesteps=[80, 30, 5], latents=latents).samples
+    assert np.array_equal(given, pipeline(3, generator(), timesteps=[80, 30, 5]).samples)
+
+
+def test_a_list_of_generators_makes_samples_independent_of_the_batch():
+    pipeline = vectors("ddpm")
+    whole = pipeline(4, [generator(i) for i in range(4)], num_inference_steps=5).samples
+    parts = [pipeline(2, [generator(i), generator(i + 1)], num_inference_steps=5).samples for i in (0, 2)]
+    np.testing.assert_allclose(whole, np.concatenate(parts), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_image_outputs(channels):
+    pipeline = images(channels)
+    pil = pipeline(2, generator(), num_inference_steps=2)
+    assert pil.images is pil.samples and isinstance(pil.images[0], PIL.Image.Image) and pil.images[0].size == (8, 8)
+    array = pipeline(2, generator(), num_inference_steps=2, output_type="np").images
+    tensor = pipeline(2, generator(), num_inference_steps=2, output_type="pt").images
+    assert array.shape == (2, 8, 8, channels) and tensor.shape == (2, channels, 8, 8)
+    assert np.array_equal(np.moveaxis(array, -1, 1), tensor) and 0 <= array.min() and array.max() <= 1
+    assert pil.images[0].mode == ("L" if channels == 1 else "RGB")
+
+
+def test_channels_that_are_no_colours_come_as_arrays():
+    pipeline = images(2)
+    assert pipeline(1, num_inference_steps=2).samples.shape == (1, 8, 8, 2)
+    with pytest.raises(ValueError, match="pil"):
+        pipeline(1, num_inference_steps=2, output_type="pil")
+
+
+def test_default_number_of_steps_fits_the_table():
+    pipeline = vectors("ddim", num_train_timesteps=20)
+    assert pipeline(1).samples.shape == (1, 2) and len(pipeline.scheduler.timesteps) == 20
+    pipeline = vectors("ddim")
+    pipeline(1)
+    assert len(pipeline.scheduler.timesteps) == 50
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"output_type": "pil"}, "pil"),
+        ({"output_type": "jpg"}, "output_type"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 3, "generator": [torch.Generator()]}, "generator"),
+        ({"latents": torch.zeros(1, 3)}, "latents"),
+        ({"num_inference_steps": 101}, "between 1 and 100"),
+        ({"num_inference_steps": 3, "timesteps": [3]}, "at most one"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "prompt"),
+    ],
+)
+def test_bad_arguments_say_what_is_wrong(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        vectors()(**arguments)
+
+
+def test_a_stock_scheduler_serves_a_neutral_process_and_no_other():
+    pipeline = vectors("ddim")
+    with pytest.raises(ValueError, match="learned drift"):
+        VSDMPipeline(pipeline.unet, DDIMScheduler.from_config(pipeline.scheduler.config))
+    pipeline.scheduler.set_drift(None)
+    stock = VSDMPipeline(pipeline.unet, DDIMScheduler.from_config(pipeline.scheduler.config))
+    stock.set_progress_bar_config(disable=True)
+    assert stock(2, generator(), num_inference_steps=3).samples.shape == (2, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_drift_and_normalizer_exact(tmp_path, dtype):
+    pipeline = vectors()
+    pipeline.save_pretrained(tmp_path)
+    exact = pipeline.scheduler.drift.lam, pipeline.normalizer.mean.clone(), pipeline.normalizer.std.clone()
+    for half in (VSDMPipeline.from_pretrained(tmp_path, dtype=dtype), pipeline.to(dtype)):
+        half.set_progress_bar_config(disable=True)
+        assert half.unet.dtype == dtype
+        assert torch.equal(half.scheduler.drift.lam, exact[0]) and half.scheduler.drift.lam.dtype == torch.float64
+        assert torch.equal(half.normalizer.mean, exact[1]) and torch.equal(half.normalizer.std, exact[2])
+        assert np.isfinite(half(4, generator(), num_inference_steps=5).samples).all()
+
+
+def test_components_are_known_to_diffusers():
+    from diffusers.pipelines import pipeline_loading_utils as tables
+
+    for name in tables.LOADABLE_CLASSES["diffusers_vsdm"]:
+        assert hasattr(diffusers_vsdm, name) and name in tables.ALL_IMPORTABLE_CLASSES
+
+
+def test_a_moved_table_is_reported(monkeypatch):
+    from diffusers.pipelines import pipeline_loading_utils as tables
+
+    from diffusers_vsdm.hub import registration
+
+    monkeypatch.delattr(tables, "LOADABLE_CLASSES")
+    with pytest.raises(ImportError, match="moved the tables"):
+        registration.register(diffusers_vsdm, ("VSDMScheduler",), ())

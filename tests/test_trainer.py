@@ -1,0 +1,200 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
+
+from diffusers_vsdm import VSDMPipeline
+from diffusers_vsdm.trainer import TrainingConfig, loop, train
+from diffusers_vsdm.trainer.report import evaluate, write_report
+
+
+SCRIPT = Path(__file__).parents[1] / "training" / "train_vsdm.py"
+TINY = {
+    "max_train_steps": 60,
+    "sa_stages": 5,
+    "sa_trajectories": 32,
+    "num_train_samples": 2000,
+    "train_batch_size": 64,
+    "model_width": 16,
+    "model_num_blocks": 1,
+    "num_eval_samples": 200,
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def tiny(**settings):
+    return TrainingConfig(**(TINY | settings))
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_the_saved_lambda_is_the_one_the_network_was_last_trained_at(tmp_path, monkeypatch, use_ema):
+    trained_at, averages = [], []
+    score_matching, ema_class = loop.denoising_score_matching, loop.EMAModel
+
+    def record(scheduler, *args):
+        trained_at.append(scheduler.drift.lam.clone())
+        return score_matching(scheduler, *args)
+
+    class Ema(ema_class):
+        def copy_to(self, parameters):
+            averages.append(self.optimization_step)
+            super().copy_to(parameters)
+
+    monkeypatch.setattr(loop, "denoising_score_matching", record)
+    monkeypatch.setattr(loop, "EMAModel", Ema)
+    result = train(tiny(use_ema=use_ema))
+    result.pipeline.save_pretrained(tmp_path)
+    saved = VSDMPipeline.from_pretrained(tmp_path).scheduler.drift
+    assert len(trained_at) == 60
+    assert all(torch.equal(lam, saved.lam) for lam in trained_at[48:])
+    # it had moved before, and what is frozen is the average
+    assert not torch.equal(trained_at[47], saved.lam) and len({tuple(lam.tolist()) for lam in trained_at}) == 7
+    assert result.lambdas.shape == (6, 2) and int(saved.num_updates) == 5
+    # the averaged weights saw the frozen lambda alone
+    assert averages == ([12] if use_ema else [])
+
+
+def test_baseline_keeps_lambda_at_one():
+    result = train(tiny(baseline="sgm"))
+    assert result.pipeline.scheduler.drift.is_neutral and result.sa_seconds == 0 and len(result.lambdas) == 1
+
+
+def test_runs_repeat_and_seeds_differ():
+    weights = [next(train(tiny(seed=seed)).pipeline.unet.parameters()) for seed in (0, 0, 1)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prediction_type": "v_prediction", "weighting": "min_snr"},
+        {"prediction_type": "sample", "weighting": "epsilon", "lr_scheduler": "constant_with_warmup"},
+        {"beta_schedule": "squaredcos_cap_v2", "zeta_placement": "inner_product", "sa_average": "ema"},
+        {"sa_prior": "marginal", "mixed_precision": "bf16", "standardize": True},
+    ],
+)
+def test_every_setting_trains_something_that_samples(settings):
+    result = train(tiny(**settings))
+    metrics, paths = evaluate(result.pipeline, "spiral-8y", 100, 99)
+    assert paths.isfinite().all() and metrics["num_function_evaluations"] == 99
+
+
+def test_training_learns_a_gaussian(tmp_path):
+    """A real run, short: the samples have the data's moments and lambda has moved."""
+    result = train(tiny(dataset_name="gaussian", standardize=True, max_train_steps=1500, model_width=32, train_batch_size=256))
+    samples = torch.from_numpy(_quiet(result.pipeline)(4000, torch.Generator().manual_seed(0)).samples)
+    assert samples.mean(0).tolist() == pytest.approx([-8, 2], abs=0.3)
+    torch.testing.assert_close(samples.T.cov(), torch.tensor([[1.0, 1.0], [1.0, 5.0]]), rtol=0.2, atol=0.2)
+    assert (result.pipeline.scheduler.drift.lam < 0.95).all()
+
+
+def _quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_a_loss_that_blows_up_is_reported():
+    with pytest.warns(RuntimeWarning, match="not finite"), pytest.raises(FloatingPointError, match="learning_rate"):
+        train(tiny(learning_rate=1e20, lr_warmup_steps=0, max_grad_norm=1e30))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"dataset_name": "mnist"}, "`dataset_name` must be one of"),
+        ({"solver": "magic"}, "`solver`"),
+        ({"zeta": 0.0}, "`zeta`"),
+        ({"max_train_steps": 0}, "`max_train_steps`"),
+        ({"frozen_fraction": 1.0}, "`frozen_fraction`"),
+        ({"sa_stages": 60}, "`sa_stages`"),
+        ({"train_batch_size": 3000}, "`train_batch_size`"),
+    ],
+)
+def test_bad_settings_name_themselves(settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**settings)
+
+
+def test_bad_data_is_refused(monkeypatch):
+    monkeypatch.setattr(loop, "sample_toy", lambda *args: torch.full((2000, 2), float("nan")))
+    with pytest.raises(ValueError, match="NaN"):
+        train(tiny())
+
+
+def test_an_output_folder_in_use_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="overwrite_output_dir"):
+        tiny(output_dir=str(tmp_path)).prepare_output_dir()
+    tiny(output_dir=str(tmp_path), overwrite_output_dir=True).prepare_output_dir()
+    tiny(output_dir=str(tmp_path / "new")).prepare_output_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        tiny(output_dir=str(tmp_path / "file"), overwrite_output_dir=True).prepare_output_dir()
+
+
+def test_report_holds_everything(tmp_path):
+    config = tiny(output_dir=str(tmp_path), standardize=True)
+    record = write_report(config, train(config))
+    for name in ("samples.png", "drift.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    stored = json.loads((tmp_path / "metrics.json").read_text())
+    assert stored == json.loads(json.dumps(record))
+    assert stored["config"]["seed"] == 0 and stored["versions"]["torch"] == torch.__version__
+    metrics = stored["metrics"]
+    assert metrics["lambda"] == VSDMPipeline.from_pretrained(tmp_path).scheduler.drift.lam.tolist()
+    # measured again from the saved files
+    again, _ = evaluate(_quiet(VSDMPipeline.from_pretrained(tmp_path)), "spiral-8y", 200, 99)
+    assert {key: metrics[key] for key in again} == again
+
+    card = ModelCard.load(tmp_path / "README.md")
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results["straightness, dimension 1"] == round(metrics["straightness"][1], 4)
+    assert card.data.license == "apache-2.0" and card.data.library_name == "diffusers"
+    assert "{{" not in card.text and "spiral-8y" in card.text
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """A run of the command line, through `accelerate launch`."""
+    folder = tmp_path_factory.mktemp("launched") / "model"
+    flags = [f"--{name}={value}" for name, value in TINY.items()]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", str(SCRIPT)]
+    command += [f"--output_dir={folder}", "--standardize", "--logger=tensorboard", "--logging_steps=10", *flags]
+    subprocess.run(command, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, timeout=120)
+    return folder
+
+
+def test_the_command_line_leaves_a_whole_model(launched):
+    present = {path.name for path in launched.iterdir()}
+    expected = {"unet", "scheduler", "normalizer", "model_index.json", "metrics.json", "samples.png", "drift.png"}
+    assert present == expected | {"README.md", "logs"}
+    samples = _quiet(VSDMPipeline.from_pretrained(launched))(10).samples
+    assert samples.shape == (10, 2)
+
+
+def test_tensorboard_has_loss_and_lambda(launched):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags = set()
+    for path in launched.rglob("events.out.tfevents*"):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        tags |= set(events.Tags()["scalars"])
+    assert {"loss", "lr", "lambda/0", "lambda/1", "moment/0"} <= tags
+
+
+def test_the_command_line_refuses_politely(launched):
+    command = [sys.executable, str(SCRIPT), f"--output_dir={launched}"]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert outcome.returncode == 1 and "--overwrite_output_dir" in outcome.stderr and "Traceback" not in outcome.stderr

@@ -72,8 +72,11 @@ def run(job: tuple[str, dict[str, Any], int, int]) -> dict[str, Any]:
         "sa_skipped": result.sa_skipped,
         "final_loss": result.final_loss,
     }
-    print(f"{name}, seed {seed}: W2 {metrics['w2_standardized']:.3f}, straightness"
-          f" {' / '.join(f'{x:.1f}' for x in metrics['straightness'])}, {result.seconds:.0f} s", flush=True)
+    print(
+        f"{name}, seed {seed}: W2 {metrics['w2_standardized']:.3f}, straightness"
+        f" {' / '.join(f'{x:.1f}' for x in metrics['straightness'])}, {result.seconds:.0f} s",
+        flush=True,
+    )
     return {"name": name, "seed": seed, "metrics": metrics, "config": asdict(config)}
 
 

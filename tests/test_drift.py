@@ -75,16 +75,16 @@ def make_drift():
 
 
 def same(a, b):
-    return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a.buffers(), b.buffers())) and dict(
-        a.config
-    ) == dict(b.config)
+    return all(
+        torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a.buffers(), b.buffers(), strict=True)
+    ) and dict(a.config) == dict(b.config)
 
 
 def test_file_round_trip_is_exact_and_deterministic(tmp_path):
     drift = make_drift()
     drift.save_file(tmp_path / "deep" / "drift.safetensors")
     loaded = AdaptiveDiagonalDrift.load_file(tmp_path / "deep" / "drift.safetensors")
-    assert all(torch.equal(a, b) for a, b in zip(drift.buffers(), loaded.buffers()))
+    assert all(torch.equal(a, b) for a, b in zip(drift.buffers(), loaded.buffers(), strict=True))
     assert loaded.config["ema_decay"] == 0.5
     assert drift.to_bytes() == loaded.to_bytes() and drift.digest() == loaded.digest()
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["drift.safetensors"]
@@ -95,7 +95,9 @@ def test_diffusers_round_trip_ignores_a_dtype(tmp_path):
     drift.save_pretrained(tmp_path)
     for kwargs in ({}, {"dtype": torch.float16}):
         loaded = AdaptiveDiagonalDrift.from_pretrained(tmp_path, **kwargs)
-        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(drift.buffers(), loaded.buffers()))
+        assert all(
+            torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(drift.buffers(), loaded.buffers(), strict=True)
+        )
 
 
 @given(cut=st.integers(0, 1000), flip=st.integers(0, 200))

@@ -15,7 +15,7 @@ STEPS = (10, 20, 40, 80)
 
 def order_of(errors):
     """Median of the observed orders between successive halvings of the step."""
-    return statistics.median(math.log2(a / b) for a, b in zip(errors, errors[1:]))
+    return statistics.median(math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False))
 
 
 def grid(n):
@@ -47,9 +47,7 @@ def law_of_samples(scheduler, problem, num_steps):
         points = torch.stack([torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)])
         eps = problem.eps(points, g)
         # antithetic noise: the mean of both runs is the step without noise, half the difference its noise
-        up, down = (
-            scheduler.step(eps, int(k), points, generator=_Fixed(sign)).prev_sample for sign in (1.0, -1.0)
-        )
+        up, down = (scheduler.step(eps, int(k), points, generator=_Fixed(sign)).prev_sample for sign in (1.0, -1.0))
         offset, end = (up + down) / 2
         noise = ((up - down) / 2)[0]
         mean, variance = offset + (end - offset) * mean, (end - offset) ** 2 * variance + noise**2
@@ -79,7 +77,11 @@ def test_stochastic_solvers_converge_in_law_with_their_order(name, monkeypatch):
     for n in STEPS:
         scheduler.set_timesteps(timesteps=grid(n))
         mean, variance = law_of_samples(scheduler, problem, n)
-        errors.append(float(torch.stack([(mean - exact_mean) / exact_variance.sqrt(), variance / exact_variance - 1]).abs().max()))
+        errors.append(
+            float(
+                torch.stack([(mean - exact_mean) / exact_variance.sqrt(), variance / exact_variance - 1]).abs().max()
+            )
+        )
     assert abs(order_of(errors) - SOLVERS[name].order) < 0.2, errors
 
 

@@ -25,11 +25,11 @@ def exact_score(drift):
 
 
 def exact_moments(approximation, drift):
-    """The expectations of the simulated moments, by the recursion of the Euler-Maruyama chain's own mean and variance."""
+    """Expectations of the simulated moments, by recursion of the Euler-Maruyama chain's own mean and variance."""
     problem = gaussian(drift)
     mean, variance = torch.zeros(2).double(), torch.ones(2).double()
     score_x, x_x, total = 0, 0, 0
-    for k, g, g_next in zip(approximation.timesteps, approximation.g, approximation.g_next):
+    for g, g_next in zip(approximation.g, approximation.g_next, strict=True):
         m_t, v_t = problem.moments(g)
         dg = g - g_next
         second = variance + mean**2
@@ -133,7 +133,9 @@ def test_result_depends_neither_on_batches_nor_on_processes():
                 sums.append(tensor)
                 return sum(sums)
 
-            output = approximation.update(exact_score(drift), process_index=index, num_processes=shares, reduce_sum=reduce_sum)
+            output = approximation.update(
+                exact_score(drift), process_index=index, num_processes=shares, reduce_sum=reduce_sum
+            )
         return output.lam
 
     whole = stage(None, 1)
@@ -143,6 +145,7 @@ def test_result_depends_neither_on_batches_nor_on_processes():
 
 def test_shared_lambda_averages_over_its_dimensions():
     """One lambda per channel of an image moves as the mean over that channel's pixels."""
+
     def update(lambda_shape):
         drift = AdaptiveDiagonalDrift((3, 4, 4), lambda_shape)
         approximation = StochasticApproximation(drift, G, num_trajectories=16, num_steps=20)

@@ -92,7 +92,9 @@ def test_every_setting_trains_something_that_samples(settings):
 
 def test_training_learns_a_gaussian(tmp_path):
     """A real run, short: the samples have the data's moments and lambda has moved."""
-    result = train(tiny(dataset_name="gaussian", standardize=True, max_train_steps=1500, model_width=32, train_batch_size=256))
+    result = train(
+        tiny(dataset_name="gaussian", standardize=True, max_train_steps=1500, model_width=32, train_batch_size=256)
+    )
     samples = torch.from_numpy(_quiet(result.pipeline)(4000, torch.Generator().manual_seed(0)).samples)
     assert samples.mean(0).tolist() == pytest.approx([-8, 2], abs=0.3)
     torch.testing.assert_close(samples.T.cov(), torch.tensor([[1.0, 1.0], [1.0, 5.0]]), rtol=0.2, atol=0.2)
@@ -171,7 +173,9 @@ def launched(tmp_path_factory):
     flags = [f"--{name}={value}" for name, value in TINY.items()]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", str(SCRIPT)]
     command += [f"--output_dir={folder}", "--standardize", "--logger=tensorboard", "--logging_steps=10", *flags]
-    subprocess.run(command, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, timeout=120)
+    subprocess.run(
+        command, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, timeout=120
+    )
     return folder
 
 

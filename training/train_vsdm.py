@@ -22,8 +22,10 @@ def main() -> None:
         sys.exit(f"train_vsdm.py: {error}")
     result = train(config)
     metrics = write_report(config, result)["metrics"]
-    print(f"\n{config.dataset_name}: {result.seconds:.0f} s of training, {100 * metrics['sa_share']:.1f}% of it in"
-          f" stochastic approximation; everything is in {config.output_dir}/")
+    print(
+        f"\n{config.dataset_name}: {result.seconds:.0f} s of training, {100 * metrics['sa_share']:.1f}% of it in"
+        f" stochastic approximation; everything is in {config.output_dir}/"
+    )
 
 
 if __name__ == "__main__":

@@ -23,19 +23,19 @@ AVERAGES = ("polyak", "ema")
 class AdaptiveDiagonalDrift(Statistics):
     r"""Diagonal drift $\lambda$ of the Ornstein-Uhlenbeck process, its running averages, and the moments of the data.
 
-    It is born neutral, $\lambda = 1$, where the process is that of DDPM. [`StochasticApproximation`] moves it. It holds
-    statistics and not weights: all tensors are float64 on the CPU, whatever `.to(...)` is asked for, and are cast where
-    they are used.
+    It is born neutral, $\lambda = 1$, where the process is that of DDPM. [`StochasticApproximation`] moves it. It
+    holds statistics and not weights: all tensors are float64 on the CPU, whatever `.to(...)` is asked for, and are
+    cast where they are used.
 
     Args:
         event_shape (`tuple[int, ...]`): Shape of one sample, `(d,)` or `(C, H, W)`.
-        lambda_shape (`tuple[int, ...]`, *optional*): Shape of $\lambda$. It has as many dimensions as `event_shape` and
-            broadcasts to it: `(1, 1, 1)`, `(C, 1, 1)` or `(C, H, W)` for images. Defaults to `event_shape`.
+        lambda_shape (`tuple[int, ...]`, *optional*): Shape of $\lambda$. It has as many dimensions as `event_shape`
+            and broadcasts to it: `(1, 1, 1)`, `(C, 1, 1)` or `(C, H, W)` for images. Defaults to `event_shape`.
         basis (`str`, defaults to `"identity"`): Orthonormal basis in which the drift is diagonal.
         ema_decay (`float`, defaults to 0.9): Weight of the past in the exponential moving average, in [0, 1).
-        averaging_power (`float`, defaults to 3.0): The iterate $\lambda_k$ enters the Polyak-Ruppert average with weight
-            $(1 + p)/(k + p)$. 0 is the plain mean of section 4.3; larger values forget the start, as $k^p$ (Shamir and
-            Zhang 2013).
+        averaging_power (`float`, defaults to 3.0): The iterate $\lambda_k$ enters the Polyak-Ruppert average with
+            weight $(1 + p)/(k + p)$. 0 is the plain mean of section 4.3; larger values forget the start, as $k^p$
+            (Shamir and Zhang 2013).
 
     Attributes (buffers, also the keys of the file):
         lam, lam_polyak, lam_ema: The current $\lambda$ and its two averages, shape `lambda_shape`.
@@ -69,7 +69,7 @@ class AdaptiveDiagonalDrift(Statistics):
         if not event_shape or any(size < 1 for size in event_shape):
             raise ValueError(f"`event_shape` must be a non-empty tuple of positive sizes, got {event_shape}.")
         if len(lambda_shape) != len(event_shape) or any(
-            n not in (1, size) for n, size in zip(lambda_shape, event_shape)
+            n not in (1, size) for n, size in zip(lambda_shape, event_shape, strict=True)
         ):
             raise ValueError(
                 f"`lambda_shape` {lambda_shape} does not broadcast to `event_shape` {event_shape}: give as many"
@@ -122,7 +122,7 @@ class AdaptiveDiagonalDrift(Statistics):
             buffer.copy_(value)
 
     def step(self, direction: Tensor, step_size: float) -> None:
-        r"""One update, $\log \lambda \mathrel{+}= \eta \, d$, with $d$ the `direction` (shape `lambda_shape`), then both averages.
+        r"""One update, $\log \lambda \mathrel{+}= \eta \, d$ with $d$ the `direction`, then both averages.
 
         A step on the logarithm is free of scale and keeps $\lambda$ positive.
         """
@@ -155,7 +155,7 @@ class AdaptiveDiagonalDrift(Statistics):
         self.data_mean.copy_(data.mean(0))
         self.data_variance.copy_(data.var(0))
 
-    # The file that travels with a scheduler ---------------------------------------------------------------------------
+    # The file that travels with a scheduler ------------------------------------------------------------------
 
     def to_bytes(self) -> bytes:
         """The drift as one safetensors file, its configuration in the metadata; equal drifts give equal bytes."""

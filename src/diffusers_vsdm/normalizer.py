@@ -35,19 +35,21 @@ class DataNormalizer(Statistics):
 
         Args:
             data (`Tensor`): At least two samples.
-            shape (`tuple[int, ...]`, *optional*): Shape of the statistics; dimensions of size 1 are pooled. Defaults to
-                the shape of one sample.
+            shape (`tuple[int, ...]`, *optional*): Shape of the statistics; dimensions of size 1 are pooled. Defaults
+                to the shape of one sample.
 
         Raises:
             ValueError: Fewer than two samples, values that are not finite, or a dimension that does not vary.
         """
         event_shape = tuple(data.shape[1:])
         shape = event_shape if shape is None else tuple(shape)
-        if len(shape) != len(event_shape) or any(n not in (1, size) for n, size in zip(shape, event_shape)):
+        if len(shape) != len(event_shape) or any(
+            n not in (1, size) for n, size in zip(shape, event_shape, strict=True)
+        ):
             raise ValueError(f"`shape` {shape} does not broadcast to samples of shape {event_shape}.")
         if len(data) < 2 or not torch.isfinite(data).all():
             raise ValueError("`data` must hold at least two samples and neither NaN nor infinite values.")
-        pooled = [0] + [dim + 1 for dim, (n, size) in enumerate(zip(shape, event_shape)) if n != size]
+        pooled = [0] + [dim + 1 for dim, (n, size) in enumerate(zip(shape, event_shape, strict=True)) if n != size]
         std, mean = torch.std_mean(data.double(), pooled, keepdim=True)
         if not (std > 0).all():
             raise ValueError("`data` has a dimension that does not vary: drop it, or pool it with others by `shape`.")

@@ -46,8 +46,9 @@ def denoising_score_matching(
         model_output (`Tensor`): The network's output at `scheduler.add_noise(sample, noise, timesteps)`.
         sample, noise (`Tensor`): Data $x_0$ and $\epsilon$, `(batch, *event_shape)`.
         timesteps (`Tensor`): Integer training steps, `(batch,)`.
-        weighting (`str`, defaults to `"simple"`): Key of [`WEIGHTINGS`]: `simple` (mean squared error of what the network
-            predicts), `epsilon` (1), `score` ($1/s^2$: Eq. 16 as printed), `likelihood` ($\beta/s^2$) or `min_snr`.
+        weighting (`str`, defaults to `"simple"`): Key of [`WEIGHTINGS`]: `simple` (mean squared error of what the
+            network predicts), `epsilon` (1), `score` ($1/s^2$: Eq. 16 as printed), `likelihood` ($\beta/s^2$) or
+            `min_snr`.
 
     Returns:
         A scalar.

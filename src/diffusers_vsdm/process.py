@@ -7,13 +7,13 @@ $$ dx = -\tfrac12 \lambda \beta_t x \, dt + \sqrt{\beta_t} \, dw , \qquad g_t :=
 
 so that $x_t = a_t x_0 + s_t \epsilon$ with
 
-$$ a_t = e^{-\lambda g_t / 2} , \qquad s_t^2 = \int_0^{g_t} e^{-\lambda u} du = \frac{1 - e^{-\lambda g_t}}{\lambda} . $$
+$$ a_t = e^{-\lambda g_t / 2}, \qquad s_t^2 = \int_0^{g_t} e^{-\lambda u} du = (1 - e^{-\lambda g_t}) / \lambda . $$
 
 $\lambda = 1$ is the variance-preserving process of DDPM, with $g_t = -\log \bar\alpha_t$ for any table of betas;
 $\lambda = 0$ is the variance-exploding process, $a = 1$ and $s^2 = g$.
 
-Every function here is elementwise and pure. `lam` is $\lambda$ and `g` is the integrated $\beta$ at some time; they are
-tensors that broadcast against each other, and the results have the broadcast shape and the promoted type. Times
+Every function here is elementwise and pure. `lam` is $\lambda$ and `g` is the integrated $\beta$ at some time; they
+are tensors that broadcast against each other, and the results have the broadcast shape and the promoted type. Times
 themselves appear only in the schedules, where $t$ lies in [0, 1].
 
 References:
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 
-# Schedules: g as a function of time ---------------------------------------------------------------------------------
+# Schedules: g as a function of time --------------------------------------------------------------------------
 
 
 def power_law_beta(t: Tensor, beta_min: float, beta_max: float, power: float) -> Tensor:
@@ -52,7 +52,7 @@ def discrete_betas(g: Tensor) -> Tensor:
     return -torch.expm1(-torch.diff(g, prepend=g.new_zeros(1)))
 
 
-# Transition: p(x_t | x_0), Eq. 13 to 15 and Corollary 1 ---------------------------------------------------------------
+# Transition: p(x_t | x_0), Eq. 13 to 15 and Corollary 1 ------------------------------------------------------
 
 
 def mean_scale(lam: Tensor, g: Tensor) -> Tensor:
@@ -73,11 +73,11 @@ def std(lam: Tensor, g: Tensor) -> Tensor:
 
 
 def conditional_score(eps: Tensor, s: Tensor) -> Tensor:
-    r"""$\nabla \log p(x_t | x_0) = -\epsilon / s_t$ (Eq. 15); with a network's $\hat\epsilon$ it is the learned score."""
+    r"""$\nabla \log p(x_t | x_0) = -\epsilon / s_t$ (Eq. 15); with $\hat\epsilon$ of a network, its score."""
     return -eps / s
 
 
-# Prior ----------------------------------------------------------------------------------------------------------------
+# Prior -------------------------------------------------------------------------------------------------------
 
 
 def marginal_moments(lam: Tensor, g: Tensor, data_mean: Tensor, data_variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ def marginal_moments(lam: Tensor, g: Tensor, data_mean: Tensor, data_variance: T
     return a * data_mean, a**2 * data_variance + variance(lam, g)
 
 
-# Reverse time ---------------------------------------------------------------------------------------------------------
+# Reverse time ------------------------------------------------------------------------------------------------
 
 
 def posterior(lam: Tensor, g: Tensor, g_next: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,7 +107,7 @@ def posterior(lam: Tensor, g: Tensor, g_next: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def ode_drift(lam: Tensor, x: Tensor, score: Tensor) -> Tensor:
-    r"""$-\frac12 (\lambda x + \nabla \log p_t(x))$: the probability flow $dx/dg$ of Eq. 18, in the clock $dg = \beta dt$."""
+    r"""$-\frac12 (\lambda x + \nabla \log p_t(x))$: the probability flow $dx/dg$ of Eq. 18; $dg = \beta dt$."""
     return -0.5 * (lam * x + score)
 
 

@@ -6,7 +6,7 @@ from diffusers import ConfigMixin, ModelMixin
 
 
 class Statistics(ModelMixin, ConfigMixin):
-    """A module of buffers only. `.to(dtype)` and `from_pretrained(dtype=...)` leave their types alone; devices change."""
+    """A module of buffers only, whose types `.to(dtype)` and `from_pretrained(dtype=...)` leave alone."""
 
     config_name = "config.json"
 

@@ -4,13 +4,13 @@ The loss for the linear forward score $A x$ (Eq. 10) is quadratic in $A$, and it
 $\beta \, \mathrm{tr} A$. Its gradient therefore needs two moments of the simulated backward trajectories and no
 automatic differentiation. At the $A$ that the trajectories were simulated with, and up to the factor $\beta$, it is
 
-- `zeta_placement="divergence"`: $E[\mathrm{score}_i x_i] + \zeta$, with $\zeta$ on the divergence. Figure 9 of the paper comes from
-  this form. With the exact score and matching marginals $E[\mathrm{score}_i x_i] = -1$ (Stein), so $\zeta < 1$ lets
-  $\lambda$ sink where the prior is reached and rise where it is not.
+- `zeta_placement="divergence"`: $E[\mathrm{score}_i x_i] + \zeta$, with $\zeta$ on the divergence. Figure 9 of the
+  paper comes from this form. With the exact score and matching marginals $E[\mathrm{score}_i x_i] = -1$ (Stein), so
+  $\zeta < 1$ lets $\lambda$ sink where the prior is reached and rise where it is not.
 - `zeta_placement="inner_product"`: $1 + \zeta E[\mathrm{score}_i x_i] + (1 - \zeta) A_i E[x_i^2]$, Eq. 6 as printed.
 
-Averaged over time with weight $\beta \, dt = dg$, the step is $\log \lambda \mathrel{+}= \eta_k \cdot$ gradient: descending in $A$ is
-ascending in $\lambda = 1 - 2A$. The step sizes are $\eta_k = a / (k^\alpha + b)$ (assumption A5).
+Averaged over time with weight $\beta \, dt = dg$, the step is $\log \lambda \mathrel{+}= \eta_k \cdot$ gradient:
+descending in $A$ is ascending in $\lambda = 1 - 2A$. The step sizes are $\eta_k = a / (k^\alpha + b)$ (assumption A5).
 
 References:
     Deng et al. (2024), "Variational Schrödinger Diffusion Models", sections 4.1, 4.3 and 5.
@@ -71,7 +71,7 @@ class StochasticApproximation:
         zeta (`float`, defaults to 0.75): The $\zeta$ of Eq. 6, in (0, 1].
         zeta_placement (`str`, defaults to `"divergence"`): Where $\zeta$ stands, see above.
         prior (`str`, defaults to `"standard"`): Law of the trajectories' start: `"standard"` N(0, I), `"conditional"`
-            $N(0, s_T^2)$ or `"marginal"` $N(a_T m, a_T^2 v + s_T^2)$. Only the first restrains $\lambda$ when zeta < 1.
+            $N(0, s_T^2)$ or `"marginal"` $N(a_T m, a_T^2 v + s_T^2)$. Only the first restrains $\lambda$ at zeta < 1.
         num_trajectories (`int`, defaults to 512): Trajectories in a stage.
         num_steps (`int`, *optional*): Euler-Maruyama steps, at most N; evenly spaced training times. Defaults to
             `min(N, 100)`.
@@ -187,25 +187,24 @@ class StochasticApproximation:
         return StageOutput(self.drift.lam.clone(), score_x, x_x, gradient, eta, skipped)
 
     def _simulate(self, score: ScoreFunction, trajectories: range, device: torch.device) -> Tensor:
-        """Sums over trajectories of the two time-averaged moments, reduced to the shape of lambda; float64, `(2, ...)`."""
-        event = self.drift.event_shape
+        """Both time-averaged moments, summed over trajectories and shaped as lambda: float64, `(2, *lambda_shape)`."""
         noise = torch.stack([self._noise(index) for index in trajectories], dim=1).to(device)
         mean, scale = (moment.to(device, torch.float32) for moment in self._prior_moments())
         lam = self.drift.lam.to(device, torch.float32)
         x = mean + scale * noise[0]
-        # mean over the event's dimensions that share one lambda, sum over trajectories
-        shared = [dim + 1 for dim, size in enumerate(self.drift.lam.shape) if size == 1 and event[dim] > 1]
+        # mean over the event's dimensions that share one lambda (of a stack of two moments), sum over trajectories
+        shared = [dim + 2 for dim, size in enumerate(self.drift.lam.shape) if size == 1]
         total = torch.zeros((2, *self.drift.lam.shape), dtype=torch.float32, device=device)
         steps = (self.g - self.g_next).tolist()
-        for k, dg, xi in zip(self.timesteps, steps, noise[1:]):
+        for k, dg, xi in zip(self.timesteps, steps, noise[1:], strict=True):
             score_x = score(x, k)
             moments = torch.stack([score_x * x, x * x])
-            total += dg * moments.mean([dim + 1 for dim in shared], keepdim=True).sum(1) if shared else dg * moments.sum(1)
+            total += dg * (moments.mean(shared, keepdim=True) if shared else moments).sum(1)
             x = x - dg * process.sde_drift(lam, x, score_x) + dg**0.5 * xi
         return total.double() / sum(steps)
 
     def _noise(self, trajectory: int) -> Tensor:
-        """Standard normal numbers of one trajectory: its start and every step, shape `(num_steps + 1, *event_shape)`."""
+        """Normal numbers of one trajectory: its start and every step, shape `(num_steps + 1, *event_shape)`."""
         entropy = np.random.SeedSequence([self.seed, self.num_stages, trajectory]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(entropy) >> 1)
         return torch.randn((len(self.timesteps) + 1, *self.drift.event_shape), generator=generator)

@@ -63,11 +63,15 @@ def gaussian(n: int, generator: Generator | None = None) -> Tensor:
     return torch.randn(n, 2, generator=generator) @ factor.T + torch.tensor([-8.0, 2.0])
 
 
+def _stretched(toy: Callable[[int, Generator | None], Tensor], *factors: float) -> Callable:
+    return lambda n, generator=None: toy(n, generator) * torch.tensor(factors)
+
+
 TOYS: dict[str, Callable[[int, Generator | None], Tensor]] = {
     "spiral": spiral,
-    "spiral-8y": lambda n, generator=None: spiral(n, generator) * torch.tensor([1.0, 8.0]),
+    "spiral-8y": _stretched(spiral, 1.0, 8.0),
     "checkerboard": checkerboard,
-    "checkerboard-6x": lambda n, generator=None: checkerboard(n, generator) * torch.tensor([6.0, 1.0]),
+    "checkerboard-6x": _stretched(checkerboard, 6.0, 1.0),
     "8gaussians": eight_gaussians,
     "moons": moons,
     "swissroll": swissroll,

@@ -1,8 +1,8 @@
 """Making our classes loadable by name.
 
 Diffusers resolves the entries of a `model_index.json` through tables that have no public face. With our library in
-them an index reads `["diffusers_vsdm", "VSDMScheduler"]` and loads after `import diffusers_vsdm`; without, loading asks
-for `trust_remote_code`.
+them an index reads `["diffusers_vsdm", "VSDMScheduler"]` and loads after `import diffusers_vsdm`; without, loading
+asks for `trust_remote_code`.
 """
 
 from types import ModuleType

@@ -13,7 +13,7 @@ def straightness(trajectory: Tensor, step: float) -> Tensor:
     r"""Mean of $|d^2 x / dt^2|$ along paths: Eq. 38, per coordinate. 0 for straight paths at constant speed.
 
     Args:
-        trajectory (`Tensor`): Paths on a uniform time grid, `(num_times, num_paths, *event_shape)`, at least three times.
+        trajectory (`Tensor`): `(num_times, num_paths, *event_shape)`: paths on a uniform grid of three times or more.
         step (`float`): Spacing of the grid in units of t in [0, 1].
 
     Returns:

@@ -15,7 +15,7 @@ class MLPModelOutput(BaseOutput):
     """Output of [`MLPModel`].
 
     Args:
-        sample (`torch.Tensor` of shape `(batch_size, in_channels)`): The prediction, whatever the scheduler takes it for.
+        sample (`torch.Tensor` of shape `(batch_size, in_channels)`): The prediction, of whatever the scheduler says.
     """
 
     sample: Tensor

@@ -25,10 +25,10 @@ class VSDMPipelineOutput(BaseOutput):
     """Output of [`VSDMPipeline`].
 
     Args:
-        samples (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): For vectors `(batch_size, d)` in data units; for
-            images PIL images, `(batch_size, height, width, channels)` in numpy or `(batch_size, channels, height, width)`
-            in torch, with values in [0, 1].
-        trajectory (`torch.Tensor`, *optional*): `(num_steps + 1, batch_size, *event_shape)` in data units, noise first.
+        samples (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): For vectors `(batch_size, d)` in data
+            units; for images PIL images, `(batch_size, height, width, channels)` in numpy or
+            `(batch_size, channels, height, width)` in torch, with values in [0, 1].
+        trajectory (`torch.Tensor`, *optional*): `(num_steps + 1, batch_size, *event_shape)` in data units, from noise.
     """
 
     samples: Any
@@ -57,8 +57,8 @@ class VSDMPipeline(DiffusionPipeline):
         super().__init__()
         if not isinstance(scheduler, VSDMScheduler) and scheduler.config.get("drift_sha256") is not None:
             raise ValueError(
-                f"`scheduler` is a {type(scheduler).__name__} whose configuration belongs to a learned drift, which that"
-                " class cannot use: the network and its noise levels would not match. Use"
+                f"`scheduler` is a {type(scheduler).__name__} whose configuration belongs to a learned drift, which"
+                " that class cannot use: the network and its noise levels would not match. Use"
                 " `VSDMScheduler.from_config(pipe.scheduler.config, solver=...)`."
             )
         # Weights that were just loaded lie in the file's own alignment, and the matrix kernels of a CPU round by it:
@@ -93,18 +93,18 @@ class VSDMPipeline(DiffusionPipeline):
 
         Args:
             batch_size (`int`, defaults to 1): Number of samples.
-            generator (`torch.Generator` or a list of `batch_size` of them, *optional*): Makes the samples reproducible.
+            generator (`torch.Generator` or a list of `batch_size` of them, *optional*): For reproducible samples.
             num_inference_steps (`int`, *optional*): Steps of the solver. Defaults to 50, or all training times if
                 there are fewer.
             timesteps (`list[int]`, *optional*): The training steps to visit, falling, instead of a number.
             latents (`torch.Tensor`, *optional*): The first sample `(batch_size, *event_shape)`, in the model's units,
                 instead of a draw from the prior.
-            output_type (`str`, *optional*): `"pil"`, `"np"` or `"pt"`. Defaults to `"pil"` for images of 1 or 3 channels and
-                `"np"` for all else.
+            output_type (`str`, *optional*): `"pil"`, `"np"` or `"pt"`. Defaults to `"pil"` for images of 1 or 3
+                channels and `"np"` for all else.
             return_dict (`bool`, defaults to `True`): Whether to return a [`VSDMPipelineOutput`] or a tuple.
             return_trajectory (`bool`, defaults to `False`): Whether to return the path of every sample too.
-            callback_on_step_end (`Callable`, *optional*): Called after each network call as `(pipeline, index, timestep,
-                tensors)`; may return replacements of the tensors.
+            callback_on_step_end (`Callable`, *optional*): Called after each network call as `(pipeline, index,
+                timestep, tensors)`; may return replacements of the tensors.
             callback_on_step_end_tensor_inputs (`list[str]`): Tensors to pass to it: `latents`.
 
         Returns:
@@ -117,13 +117,17 @@ class VSDMPipeline(DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES} or None, got {output_type!r}.")
         if output_type == "pil" and not has_colours:
-            raise ValueError(f"`output_type='pil'` needs images of 1 or 3 channels, not samples {event_shape}: use 'np'.")
+            raise ValueError(
+                f"`output_type='pil'` needs images of 1 or 3 channels, not samples {event_shape}: use 'np'."
+            )
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` is a list of {len(generator)}, but `batch_size` is {batch_size}.")
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, not {unknown}.")
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, not {unknown}."
+            )
         shape = (batch_size, *event_shape)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
@@ -134,7 +138,9 @@ class VSDMPipeline(DiffusionPipeline):
             self.scheduler.set_timesteps(timesteps=timesteps, device=device)
         else:
             self.scheduler.set_timesteps(num_inference_steps or self._default_num_steps(), device=device)
-        latents = self._first_sample(shape, generator, device) if latents is None else latents.to(device, self.unet.dtype)
+        latents = (
+            self._first_sample(shape, generator, device) if latents is None else latents.to(device, self.unet.dtype)
+        )
 
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if takes_generator else {}

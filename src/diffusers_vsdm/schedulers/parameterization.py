@@ -1,6 +1,6 @@
 r"""What a network may predict, and how each prediction gives the data $x_0$ and the noise $\epsilon$.
 
-In $x = a x_0 + s \epsilon$ the numbers $a$ and $s$ are one per dimension, and $a^2 + s^2 = 1$ holds at $\lambda = 1$ only.
+In $x = a x_0 + s \epsilon$ there are an $a$ and an $s$ per dimension, and $a^2 + s^2 = 1$ holds at $\lambda = 1$ only.
 
 References:
     Salimans, Ho (2022), "Progressive Distillation for Fast Sampling of Diffusion Models": v = a eps - s x0.

@@ -1,34 +1,27 @@
 """`VSDMScheduler`: the process, its drift and its solvers behind the contract of Diffusers' schedulers."""
 
-import copy
 import functools
 import operator
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
-from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers import DDPMScheduler
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from .. import process
-from ..drift import AdaptiveDiagonalDrift
 from ..solvers import SOLVERS, Coefficients
+from .drift_owner import DriftOwner
 from .grids import SPACINGS, custom_grid, inference_grid
 from .parameterization import PARAMETERIZATIONS
 
-
-# nested, and with a dot in the folder's name: otherwise the Hub's download filter takes the file for model weights
-DRIFT_FOLDER, DRIFT_FILE = "vsdm.drift", "drift.safetensors"
 
 PRIORS = ("conditional", "marginal")
 FINAL_SIGMAS = ("zero", "sigma_min")
@@ -54,12 +47,6 @@ class VSDMSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor | None = None
 
 
-class _ConfigOfDrift(FrozenDict):
-    """A scheduler's configuration that still refers to the live drift, so that `from_config` can keep it."""
-
-    drift: AdaptiveDiagonalDrift | None = None
-
-
 @dataclass(frozen=True)
 class _Rows:
     """Per network call: a and s at the call's time and the solver's coefficients, as lists of tensors."""
@@ -71,12 +58,13 @@ class _Rows:
     is_defined: list[bool]
 
 
-class VSDMScheduler(SchedulerMixin, ConfigMixin):
-    r"""Scheduler of variational Schrödinger diffusion models: an Ornstein-Uhlenbeck process with one rate per dimension.
+class VSDMScheduler(DriftOwner):
+    r"""Scheduler of variational Schrödinger diffusion models: an Ornstein-Uhlenbeck process, a rate per dimension.
 
     It takes every argument of [`~diffusers.DDPMScheduler`] with the same meaning, so that
-    `VSDMScheduler.from_config(pipe.scheduler.config)` works in existing code; without a drift, or with a neutral one, it
-    gives that scheduler's samples up to the latter's float32 rounding. Times are integer training steps: index k of N means t = (k + 1) / N in [0, 1].
+    `VSDMScheduler.from_config(pipe.scheduler.config)` works in existing code; without a drift, or with a neutral
+    one, it gives that scheduler's samples up to the latter's float32 rounding. Times are integer training steps:
+    index k of N means t = (k + 1) / N in [0, 1].
 
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: The table of
@@ -84,12 +72,13 @@ class VSDMScheduler(SchedulerMixin, ConfigMixin):
         variance_type (`str`, defaults to `"fixed_small"`): Variance of the `ddpm` solver's noise.
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: Clipping of the
             predicted data, as in `DDPMScheduler`.
-        prediction_type (`str`, defaults to `"epsilon"`): `epsilon`, `sample`, `v_prediction` ($v = a \epsilon - s x_0$) or
-            `score`.
+        prediction_type (`str`, defaults to `"epsilon"`): `epsilon`, `sample`, `score` or `v_prediction`
+            ($v = a \epsilon - s x_0$).
         timestep_spacing, steps_offset: As in `DDPMScheduler`.
         solver (`str`, defaults to `"ddpm"`): Key of [`SOLVERS`]. It is never inferred from a foreign configuration.
-        prior_type (`str`, defaults to `"conditional"`): Law of the first sample: `"conditional"` $N(0, s_T^2)$, the law of
-            $x_T$ given $x_0 = 0$, or `"marginal"` $N(a_T m, a_T^2 v + s_T^2)$ with the drift's moments of the data.
+        prior_type (`str`, defaults to `"conditional"`): Law of the first sample: `"conditional"` $N(0, s_T^2)$, the
+            law of $x_T$ given $x_0 = 0$, or `"marginal"` $N(a_T m, a_T^2 v + s_T^2)$ with the drift's moments of the
+            data.
         final_sigmas_type (`str`, defaults to `"zero"`): Whether sampling ends at the data (`"zero"`) or at the first
             training time (`"sigma_min"`).
         drift_sha256 (`str`, *optional*): Digest of the drift that belongs to this configuration; written by the
@@ -158,13 +147,17 @@ class VSDMScheduler(SchedulerMixin, ConfigMixin):
 
         self._solver = SOLVERS[solver]
         self.order = self._solver.calls_per_step
-        self._drift: AdaptiveDiagonalDrift | None = None
-        self._caches: dict[Any, Any] = {}
+        self.set_drift(None)
         self._prior_was_used = False
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._held: Tensor | None = None
         self.num_inference_steps: int | None = None
-        self._set_grid(np.arange(num_train_timesteps - 1, -2, -1) if self._to_data else np.arange(num_train_timesteps)[::-1])
+        self._set_grid(
+            np.arange(num_train_timesteps - 1, -2, -1) if self._to_data else np.arange(num_train_timesteps)[::-1]
+        )
 
-    # Construction, saving and loading ---------------------------------------------------------------------------------
+    # Construction ------------------------------------------------------------------------
 
     @classmethod
     def from_power_law(
@@ -195,124 +188,11 @@ class VSDMScheduler(SchedulerMixin, ConfigMixin):
         betas = process.discrete_betas(g).tolist()
         return cls(num_train_timesteps=num_train_timesteps, trained_betas=betas, **kwargs)
 
-    @property
-    def drift(self) -> AdaptiveDiagonalDrift | None:
-        r"""The drift, or None for the neutral $\lambda = 1$. It may be changed in place at any time."""
-        return self._drift
-
-    def set_drift(self, drift: AdaptiveDiagonalDrift | None) -> None:
-        """Make `drift` this scheduler's own: it is used, saved and loaded with it from now on, and not copied."""
-        if drift is not None and not isinstance(drift, AdaptiveDiagonalDrift):
-            raise TypeError(f"`drift` must be an AdaptiveDiagonalDrift or None, got {type(drift).__name__}.")
-        self._drift = drift
-        self._caches.clear()
-
-    @property
-    def config(self) -> FrozenDict:
-        """The configuration, with the digest of the drift as it is now; it refers to the live drift."""
-        digest = None if self._drift is None else self._cached("digest", self._drift.digest)
-        if self._internal_dict.get("drift_sha256") != digest:
-            unused = [key for key in self._internal_dict.get("_use_default_values", []) if key != "drift_sha256"]
-            self.register_to_config(drift_sha256=digest, _use_default_values=unused)
-        config = _ConfigOfDrift(self._internal_dict)
-        object.__setattr__(config, "drift", self._drift)
-        return config
-
-    @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in Diffusers; the drift of `config` (of a live scheduler) or `drift=` comes along, copied.
-
-        Raises:
-            ValueError: The configuration names a drift by its digest, and no such drift is at hand.
-        """
-        drift = kwargs.pop("drift", getattr(config, "drift", None))
-        digest = kwargs.get("drift_sha256", config.get("drift_sha256") if isinstance(config, dict) else None)
-        if "drift_sha256" in kwargs and digest is None:
-            drift = None
-        if digest is not None and drift is None:
-            raise ValueError(
-                f"The configuration belongs to a learned drift (drift_sha256={digest[:12]}...) that did not come with"
-                " it. Pass `scheduler.config` itself, `drift=scheduler.drift`, or load with `from_pretrained`; to go"
-                " without the drift, pass `drift_sha256=None`."
-            )
-        result = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
-        scheduler = result[0] if return_unused_kwargs else result
-        scheduler.set_drift(copy.deepcopy(drift))
-        return result
-
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write the configuration and, beside it, the drift."""
-        _ = self.config  # brings the digest up to date
-        if self._drift is not None:
-            self._drift.save_file(Path(save_directory) / DRIFT_FOLDER / DRIFT_FILE)
-        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None = None,
-        subfolder: str | None = None,
-        return_unused_kwargs: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Load the configuration and its drift from a folder or the Hub, as any Diffusers scheduler.
-
-        Raises:
-            FileNotFoundError: The configuration names a drift and its file is missing.
-            ValueError: The drift's file is damaged, or is another drift.
-        """
-        hub_keys = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-        hub_kwargs = {key: kwargs[key] for key in hub_keys if key in kwargs}
-        config, kwargs, commit = cls.load_config(
-            pretrained_model_name_or_path,
-            subfolder=subfolder,
-            return_unused_kwargs=True,
-            return_commit_hash=True,
-            **kwargs,
-        )
-        if config.get("drift_sha256") is not None and "drift" not in kwargs:
-            if commit is not None:
-                hub_kwargs["revision"] = commit
-            kwargs["drift"] = cls._load_drift(str(pretrained_model_name_or_path), subfolder, config, hub_kwargs)
-        return cls.from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
-
-    @staticmethod
-    def _load_drift(source: str, subfolder: str | None, config: dict, hub_kwargs: dict) -> AdaptiveDiagonalDrift:
-        folder = Path(source).parent if os.path.isfile(source) else Path(source)
-        if folder.is_dir():
-            inner = folder / (subfolder or "")
-            path = (inner if (inner / VSDMScheduler.config_name).is_file() else folder) / DRIFT_FOLDER / DRIFT_FILE
-        else:
-            nested = "/".join(part for part in (subfolder, DRIFT_FOLDER) if part)
-            path = Path(hf_hub_download(source, filename=DRIFT_FILE, subfolder=nested, **hub_kwargs))
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"The scheduler's configuration names a learned drift, but {path} is missing. Copy the whole"
-                f" scheduler folder with its {DRIFT_FOLDER}/, or pass `drift_sha256=None` to go without the drift."
-            )
-        drift = AdaptiveDiagonalDrift.load_file(path)
-        if drift.digest() != config["drift_sha256"]:
-            raise ValueError(
-                f"The drift file {path} is not the one that the configuration names (drift_sha256 differs): the"
-                " files come from two different saves."
-            )
-        return drift
-
-    # State ------------------------------------------------------------------------------------------------------------
+    # State ---------------------------------------------------------------------------------------------------
 
     @property
     def _to_data(self) -> bool:
         return self._internal_dict["final_sigmas_type"] == "zero"
-
-    def _cached(self, key: Any, make: Any) -> Any:
-        """`make()`, kept until the drift changes."""
-        drift = self._drift
-        version = None if drift is None else tuple((id(b), b._version) for b in drift.buffers())
-        if self._caches.get("version", ()) != version:
-            self._caches = {"version": version}
-        if key not in self._caches:
-            self._caches[key] = make()
-        return self._caches[key]
 
     def _lam(self) -> Tensor:
         """Lambda in float64; a scalar where it is the same for all dimensions."""
@@ -370,8 +250,8 @@ class VSDMScheduler(SchedulerMixin, ConfigMixin):
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Pass exactly one of `num_inference_steps` and `timesteps`.")
-        if timesteps is not None:
-            grid = custom_grid(timesteps, len(self), self._to_data)
+        if num_inference_steps is None:
+            grid = custom_grid(list(timesteps or ()), len(self), self._to_data)
         else:
             config = self._internal_dict
             grid = inference_grid(
@@ -387,9 +267,9 @@ class VSDMScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.from_numpy(visited).to(device)
         # the last position of a repeated time is where a step starts
         self._positions = {int(k): i for i, k in enumerate(visited)}
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
-        self._held: Tensor | None = None
+        self._step_index = None
+        self._begin_index = None
+        self._held = None
         self._caches.pop("coefficients", None)
         for key in [key for key in self._caches if isinstance(key, tuple) and key[0] == "rows"]:
             del self._caches[key]
@@ -461,14 +341,15 @@ class VSDMScheduler(SchedulerMixin, ConfigMixin):
 
         return self._cached(("rows", device, dtype), make)
 
-    def _marginal(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """a and s at a batch of training times, shaped to broadcast against `like` of shape `(batch, *event_shape)`."""
+    def _marginal(self, timesteps: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The scales a and s at a batch of training times, shaped to broadcast against `like`."""
 
         def make() -> tuple[Tensor, Tensor]:
             lam = self._lam()
             g = self._g(np.arange(len(self)), lam)
             dtype = torch.float32 if like.dtype.itemsize < 4 else like.dtype
-            return tuple(f(lam, g).to(like.device, dtype) for f in (process.mean_scale, process.std))
+            a, s = process.mean_scale(lam, g), process.std(lam, g)
+            return a.to(like.device, dtype), s.to(like.device, dtype)
 
         timesteps = torch.as_tensor(timesteps, device=like.device).reshape(-1)
         if timesteps.is_floating_point() or timesteps.numel() not in (1, len(like)):
@@ -480,7 +361,7 @@ class VSDMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"`timesteps` must lie in [0, {len(self)}), got {timesteps.tolist()}.")
         tables = self._cached(("marginal", like.device, like.dtype), make)
         shape = [-1, *[1] * (like.ndim - 1)] if tables[0].ndim == 1 else [-1, *tables[0].shape[1:]]
-        return tuple(table[timesteps].reshape(shape) for table in tables)
+        return tables[0][timesteps].reshape(shape), tables[1][timesteps].reshape(shape)
 
     def _check_event(self, sample: Tensor, name: str = "sample") -> None:
         if self._drift is not None and tuple(sample.shape[1:]) != self._drift.event_shape:
@@ -489,9 +370,9 @@ class VSDMScheduler(SchedulerMixin, ConfigMixin):
                 f"{', '.join(map(str, self._drift.event_shape))})."
             )
 
-    # Forward process --------------------------------------------------------------------------------------------------
+    # Forward process -----------------------------------------------------------------------------------------
 
-    def marginal_scales(self, sample: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    def marginal_scales(self, sample: Tensor, timesteps: Tensor | int) -> tuple[Tensor, Tensor]:
         r"""$a_t$ and $s_t$ of $x_t = a_t x_0 + s_t \epsilon$, broadcastable to `sample` (Corollary 1).
 
         Args:
@@ -531,7 +412,7 @@ class VSDMScheduler(SchedulerMixin, ConfigMixin):
         eps = PARAMETERIZATIONS[self._internal_dict["prediction_type"]].eps(model_output, sample, a, s)
         return process.conditional_score(eps, s)
 
-    # Sampling ---------------------------------------------------------------------------------------------------------
+    # Sampling ------------------------------------------------------------------------------------------------
 
     def _prior_moments(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the first sample, at the first timestep of the run; float64."""
@@ -606,7 +487,7 @@ class VSDMScheduler(SchedulerMixin, ConfigMixin):
             self._prior_was_used = True
             warnings.warn(
                 "This run starts from noise that did not come from the learned drift's prior: the caller used neither"
-                " `init_noise_sigma` nor `sample_prior`. Use VSDMPipeline, or pass `latents=scheduler.sample_prior(...)`.",
+                " `init_noise_sigma` nor `sample_prior`. Use VSDMPipeline, or `latents=scheduler.sample_prior(...)`.",
                 stacklevel=2,
             )
         rows = self._rows(sample.device, sample.dtype)
@@ -614,7 +495,7 @@ class VSDMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"`timestep` {int(timestep)} has no signal left (zero terminal SNR, or lambda * g too large): there"
                 f" `prediction_type` {self._internal_dict['prediction_type']!r} with `solver`"
-                f" {self._internal_dict['solver']!r} is undefined. Use 'v_prediction' or 'sample' with 'ddpm' or 'ddim'."
+                f" {self._internal_dict['solver']!r} is undefined: use 'v_prediction' or 'sample' with 'ddpm'."
             )
         a, s = rows.a[index], rows.s[index]
 
@@ -625,13 +506,13 @@ class VSDMScheduler(SchedulerMixin, ConfigMixin):
         if "eps" in terms:
             values["eps"] = network.eps(model_output, sample, a, s)
         if "held" in terms:
-            first_call = self._held is None
-            values["held"] = sample if first_call else self._held
-            self._held = sample if first_call else None
+            values["held"] = sample if self._held is None else self._held
+            self._held = sample if self._held is None else None
         if "noise" in terms and int(self._grid[index]) > 0:
             values["noise"] = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=noise_dtype)
             if predicted_variance is not None and rows.log_variance is not None:
-                terms["noise"] = self._learned_std(predicted_variance, index, rows)
+                bounds = (column[index] for column in rows.log_variance)
+                terms["noise"] = self._learned_std(predicted_variance, *bounds)
         previous = functools.reduce(operator.add, (terms[name] * values[name] for name in terms if name in values))
         previous = previous.to(dtype)
 
@@ -639,13 +520,12 @@ class VSDMScheduler(SchedulerMixin, ConfigMixin):
         x0 = x0.to(dtype)
         return VSDMSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
-    def _learned_std(self, predicted: Tensor, index: int, rows: _Rows) -> Tensor:
+    def _learned_std(self, predicted: Tensor, log_small: Tensor, log_large: Tensor) -> Tensor:
         """Standard deviation from a network's second half of channels (Nichol and Dhariwal 2021, Eq. 15)."""
         if self._internal_dict["variance_type"] == "learned":
             return predicted.sqrt()
-        small, large = (column[index] for column in rows.log_variance)
         weight = (predicted + 1) / 2
-        return torch.exp(0.5 * (weight * large + (1 - weight) * small))
+        return torch.exp(0.5 * (weight * log_large + (1 - weight) * log_small))
 
     def _clip(self, x0: Tensor) -> Tensor:
         """Static clipping, or dynamic thresholding (Saharia et al. 2022, section 2.3), of the predicted data."""

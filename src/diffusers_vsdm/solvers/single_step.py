@@ -19,7 +19,7 @@ from .. import process
 
 @dataclass(frozen=True)
 class Coefficients:
-    r"""Coefficients of the terms of a step, each None or one row for each network call, shape `(calls, *lambda_shape)`.
+    r"""Coefficients of a step's terms: each None, or a row for each network call, `(calls, *lambda_shape)`.
 
     Attributes:
         sample: Of the sample that the network was called with.

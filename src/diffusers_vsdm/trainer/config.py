@@ -33,7 +33,9 @@ class TrainingConfig:
     seed: int = _setting(0, "Seed of the data, the network, the noise and the simulations.")
 
     # process
-    baseline: str = _setting("none", "`sgm` freezes lambda at 1: a score-based model without a learned drift.", BASELINES)
+    baseline: str = _setting(
+        "none", "`sgm` freezes lambda at 1: a score-based model without a learned drift.", BASELINES
+    )
     standardize: bool = _setting(False, "Train on data of mean 0 and standard deviation 1 in each dimension.")
     prior_type: str = _setting("marginal", "Law of the first sample.", PRIORS)
     beta_schedule: str = _setting(POWER_LAW, "Table of betas.", (POWER_LAW, *BETA_SCHEDULES))
@@ -106,8 +108,8 @@ class TrainingConfig:
             )
         if self.sa_stages >= self.adaptive_steps:
             raise ValueError(
-                f"`sa_stages` {self.sa_stages} do not fit into the {self.adaptive_steps} steps before lambda is frozen:"
-                " lower it, or raise `max_train_steps`."
+                f"`sa_stages` {self.sa_stages} do not fit into the {self.adaptive_steps} steps before lambda is"
+                " frozen: lower it, or raise `max_train_steps`."
             )
 
     @property

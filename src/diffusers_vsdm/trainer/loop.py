@@ -1,7 +1,8 @@
-"""Algorithm 1 over Accelerate: score matching without simulation, and now and then a stage of stochastic approximation."""
+"""Algorithm 1 over Accelerate: score matching, and every so often a stage of stochastic approximation."""
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,8 +63,8 @@ class _Samples(Dataset):
         return self.data[indices]
 
 
-def build_scheduler(config: TrainingConfig, data: Tensor) -> VSDMScheduler:
-    """The process of a run, with a neutral drift that knows the moments of `data` (model units)."""
+def build_scheduler(config: TrainingConfig, data: Tensor) -> tuple[VSDMScheduler, AdaptiveDiagonalDrift]:
+    """The process of a run, and its neutral drift that knows the moments of `data` (model units)."""
     settings = {
         "prediction_type": config.prediction_type,
         "prior_type": config.prior_type,
@@ -81,7 +82,7 @@ def build_scheduler(config: TrainingConfig, data: Tensor) -> VSDMScheduler:
     drift = AdaptiveDiagonalDrift(tuple(data.shape[1:]))
     drift.fit_moments(data)
     scheduler.set_drift(drift)
-    return scheduler
+    return scheduler, drift
 
 
 def train(config: TrainingConfig) -> TrainingResult:
@@ -108,8 +109,7 @@ def train(config: TrainingConfig) -> TrainingResult:
     normalizer = DataNormalizer.from_data(data) if config.standardize else None
     data = data if normalizer is None else normalizer.normalize(data)
 
-    scheduler = build_scheduler(config, data)
-    drift = scheduler.drift
+    scheduler, drift = build_scheduler(config, data)
     network = MLPModel(
         in_channels=data.shape[1],
         num_train_timesteps=config.ddpm_num_steps,
@@ -127,7 +127,11 @@ def train(config: TrainingConfig) -> TrainingResult:
         num_training_steps=config.max_train_steps * accelerator.num_processes,
     )
     loader = DataLoader(
-        _Samples(data), batch_size=config.train_batch_size, shuffle=True, drop_last=True, collate_fn=lambda batch: batch
+        _Samples(data),
+        batch_size=config.train_batch_size,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=lambda batch: batch,
     )
     model, optimizer, loader, lr_scheduler = accelerator.prepare(network, optimizer, loader, lr_scheduler)
     approximation = StochasticApproximation(
@@ -160,18 +164,24 @@ def train(config: TrainingConfig) -> TrainingResult:
         return output
 
     ema = new_ema()
-    lambdas, losses = [drift.lam.clone()], []
+    lambdas: list[Tensor] = [drift.lam.clone()]
+    losses: list[Tensor] = []
     sa_seconds = 0.0
     generator = torch.Generator(accelerator.device)
     batches = _endless(loader)
     started = time.perf_counter()
     bar = tqdm(
-        range(1, config.max_train_steps + 1), desc="Training", disable=not accelerator.is_local_main_process, leave=False
+        range(1, config.max_train_steps + 1),
+        desc="Training",
+        disable=not accelerator.is_local_main_process,
+        leave=False,
     )
     for step in bar:
         sample = next(batches)
         # keyed by step and process: no state to save, no two alike
-        generator.manual_seed((config.seed * config.max_train_steps + step) * accelerator.num_processes + accelerator.process_index)
+        generator.manual_seed(
+            (config.seed * config.max_train_steps + step) * accelerator.num_processes + accelerator.process_index
+        )
         draw = {"generator": generator, "device": accelerator.device}
         noise = torch.randn(sample.shape, **draw)
         timesteps = torch.randint(config.ddpm_num_steps, (len(sample),), **draw)
@@ -215,7 +225,9 @@ def train(config: TrainingConfig) -> TrainingResult:
 
     if ema is not None:
         ema.copy_to(network.parameters())
-    pipeline = VSDMPipeline(network.eval(), scheduler, None if normalizer is None else normalizer.to(accelerator.device))
+    pipeline = VSDMPipeline(
+        network.eval(), scheduler, None if normalizer is None else normalizer.to(accelerator.device)
+    )
     return TrainingResult(
         pipeline=pipeline,
         lambdas=torch.stack(lambdas),
@@ -226,6 +238,6 @@ def train(config: TrainingConfig) -> TrainingResult:
     )
 
 
-def _endless(loader: DataLoader):  # noqa: ANN202
+def _endless(loader: DataLoader) -> Iterator[Tensor]:
     while True:
         yield from loader

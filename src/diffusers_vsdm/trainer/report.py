@@ -42,15 +42,21 @@ def flow_paths(pipeline: VSDMPipeline, num_samples: int, num_steps: int, seed: i
     Returns:
         `(num_steps + 1, num_samples, d)`.
     """
-    scheduler = VSDMScheduler.from_config(pipeline.scheduler.config, solver="euler", final_sigmas_type="sigma_min", timestep_spacing="linspace")
+    scheduler = VSDMScheduler.from_config(
+        pipeline.scheduler.config, solver="euler", final_sigmas_type="sigma_min", timestep_spacing="linspace"
+    )
     sampler = VSDMPipeline(pipeline.unet, scheduler, pipeline.normalizer)
     sampler.set_progress_bar_config(disable=True)
     generator = torch.Generator(pipeline.unet.device).manual_seed(seed)
-    output = sampler(num_samples, generator, num_inference_steps=num_steps, return_trajectory=True)
-    return output.trajectory.cpu()
+    _, paths = sampler(
+        num_samples, generator, num_inference_steps=num_steps, return_trajectory=True, return_dict=False
+    )
+    return paths.cpu()
 
 
-def evaluate(pipeline: VSDMPipeline, dataset_name: str, num_samples: int, num_steps: int) -> tuple[dict[str, Any], Tensor]:
+def evaluate(
+    pipeline: VSDMPipeline, dataset_name: str, num_samples: int, num_steps: int
+) -> tuple[dict[str, Any], Tensor]:
     """Straightness in data units and the 2-Wasserstein distance on standardised axes, with its floor.
 
     Returns:
@@ -91,7 +97,9 @@ def write_report(config: TrainingConfig, result: TrainingResult) -> dict[str, An
         steps = min(config.num_eval_steps, config.ddpm_num_steps - 1)
         evaluation, paths = evaluate(result.pipeline, config.dataset_name, config.num_eval_samples, steps)
         metrics |= evaluation
-        data = sample_toy(config.dataset_name, config.num_eval_samples, torch.Generator().manual_seed(EVALUATION_SEED + 3))
+        data = sample_toy(
+            config.dataset_name, config.num_eval_samples, torch.Generator().manual_seed(EVALUATION_SEED + 3)
+        )
         pictures["samples.png"] = _plot_samples(data, paths)
     record = {"metrics": metrics, "config": asdict(config), "versions": versions()}
     write_atomically(folder / "metrics.json", (json.dumps(record, indent=2) + "\n").encode())
@@ -115,7 +123,7 @@ def versions() -> dict[str, str]:
 def _plot_drift(lambdas: Tensor, final: Tensor, scale: float) -> plt.Figure:
     r"""$\lambda$ (times `scale`) over the stages, one line per dimension, as Figure 9 of the paper."""
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    for i, (values, end) in enumerate(zip(lambdas.flatten(1).T[:8], final.flatten()[:8])):
+    for i, (values, end) in enumerate(zip(lambdas.flatten(1).T[:8], final.flatten()[:8], strict=True)):
         (line,) = axes.plot(values, label=f"dimension {i}")
         axes.axhline(float(end), color=line.get_color(), linestyle=":", linewidth=1)
     axes.set_xlabel("stage of stochastic approximation")

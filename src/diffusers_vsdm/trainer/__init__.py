@@ -1,7 +1,7 @@
 """Training: configuration, Algorithm 1 over Accelerate, and the report of a run."""
 
 from .config import TrainingConfig
-from .loop import TrainingResult, train
+from .loop import Trainer, TrainingResult, train
 
 
-__all__ = ["TrainingConfig", "TrainingResult", "train"]
+__all__ = ["Trainer", "TrainingConfig", "TrainingResult", "train"]

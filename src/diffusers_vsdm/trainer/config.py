@@ -1,6 +1,6 @@
 """The settings of a training run; `HfArgumentParser` makes the command line of this dataclass."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,11 @@ from ..stochastic_approximation import GRADIENTS, SIMULATION_PRIORS
 
 
 POWER_LAW = "power_law"
+# what may differ between the parts of a resumed run
+INCIDENTAL = (
+    "output_dir overwrite_output_dir num_eval_samples num_eval_steps logger logging_steps logging_dir"
+    " checkpointing_steps checkpoints_total_limit resume_from_checkpoint"
+).split()
 BASELINES = ("none", "sgm")
 
 
@@ -51,6 +56,7 @@ class TrainingConfig:
     model_num_blocks: int = _setting(3, "Residual blocks of the network.")
     max_train_steps: int = _setting(12_000, "Gradient steps.")
     train_batch_size: int = _setting(512, "Samples in a batch, per process.")
+    gradient_accumulation_steps: int = _setting(1, "Batches whose gradients are added up for a step.")
     learning_rate: float = _setting(2e-3, "Peak learning rate of AdamW.")
     lr_scheduler: str = _setting("cosine", "Learning-rate schedule, a name that Diffusers' `get_scheduler` knows.")
     lr_warmup_steps: int = _setting(200, "Steps over which the learning rate rises.")
@@ -79,6 +85,9 @@ class TrainingConfig:
     logger: str = _setting("none", "Where to log while training.", ("none", "tensorboard", "wandb"))
     logging_steps: int = _setting(50, "Steps between two log entries.")
     logging_dir: str = _setting("logs", "Folder for logs, inside `output_dir`.")
+    checkpointing_steps: int = _setting(0, "Steps between two checkpoints; 0 for none.")
+    checkpoints_total_limit: int = _setting(0, "Checkpoints to keep, the newest ones; 0 for all.")
+    resume_from_checkpoint: str = _setting("", "Go on from `latest`, or from a checkpoint's name or path.")
 
     def __post_init__(self) -> None:
         """Check each setting.
@@ -92,7 +101,7 @@ class TrainingConfig:
                 raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
         positive = (
             "num_train_samples ddpm_num_steps model_width max_train_steps train_batch_size learning_rate max_grad_norm"
-            " logging_steps beta_min sa_trajectories sa_step_scale num_eval_steps"
+            " logging_steps beta_min sa_trajectories sa_step_scale num_eval_steps gradient_accumulation_steps"
         )
         for name in positive.split():
             if not getattr(self, name) > 0:
@@ -124,14 +133,19 @@ class TrainingConfig:
             return frozenset()
         return frozenset(round(self.adaptive_steps * j / (self.sa_stages + 1)) for j in range(1, self.sa_stages + 1))
 
+    def identity(self) -> dict[str, Any]:
+        """The settings that make the run what it is: all that a resumed part must share."""
+        return {key: value for key, value in asdict(self).items() if key not in INCIDENTAL}
+
     def prepare_output_dir(self) -> Path:
         """Make the output folder.
 
         Raises:
-            FileExistsError: It exists, is not empty, and `overwrite_output_dir` is not set.
+            FileExistsError: It exists, is not empty, and neither `overwrite_output_dir` nor a checkpoint is given.
         """
         folder = Path(self.output_dir)
-        if folder.exists() and not (folder.is_dir() and (self.overwrite_output_dir or not any(folder.iterdir()))):
+        may_be_used = self.overwrite_output_dir or self.resume_from_checkpoint
+        if folder.exists() and not (folder.is_dir() and (may_be_used or not any(folder.iterdir()))):
             raise FileExistsError(
                 f"`output_dir` {folder} exists and is not an empty folder: choose another, or pass"
                 " --overwrite_output_dir to write into it."

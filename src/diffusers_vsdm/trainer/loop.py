@@ -5,14 +5,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from ..data import sample_toy
@@ -23,7 +24,11 @@ from ..objectives import denoising_score_matching
 from ..pipelines import VSDMPipeline
 from ..schedulers import VSDMScheduler
 from ..stochastic_approximation import StageOutput, StochasticApproximation
+from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import POWER_LAW, TrainingConfig
+
+
+LOSS_WINDOW = 100
 
 
 @dataclass
@@ -34,8 +39,8 @@ class TrainingResult:
         pipeline: The trained pipeline, with the averaged weights if there are any.
         lambdas: $\lambda$ at the start and after each stage, shape `(stages + 1, *lambda_shape)`, float64.
         final_loss: Mean loss of the last hundred steps.
-        seconds: Wall time of the training loop.
-        sa_seconds: Share of it spent in stochastic approximation: simulation and update.
+        seconds: Wall time of the training loop, over all parts of a resumed run.
+        sa_seconds: What of it was spent in stochastic approximation: simulation and update.
         sa_skipped: Stages skipped because their moments were not finite.
     """
 
@@ -56,11 +61,22 @@ class _Samples(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.data[index]
-
     def __getitems__(self, indices: list[int]) -> Tensor:
         return self.data[indices]
+
+
+class _EpochSampler(Sampler):
+    """A permutation that depends on seed and epoch alone, so that any point of a run can be found again."""
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(torch.randperm(self.size, generator=generator).tolist())
 
 
 def build_scheduler(config: TrainingConfig, data: Tensor) -> tuple[VSDMScheduler, AdaptiveDiagonalDrift]:
@@ -85,159 +101,293 @@ def build_scheduler(config: TrainingConfig, data: Tensor) -> tuple[VSDMScheduler
     return scheduler, drift
 
 
-def train(config: TrainingConfig) -> TrainingResult:
-    """Train a model as `config` says; nothing is written but logs.
+class Trainer:
+    """One run of Algorithm 1: its parts, its state, and its checkpoints.
+
+    All randomness is keyed by seed and position: the state of a run is its tensors and the number of steps done.
+
+    Args:
+        config ([`TrainingConfig`]): The settings.
 
     Raises:
-        FloatingPointError: The loss is no longer finite.
         ValueError: The data holds NaN or infinite values.
     """
-    set_seed(config.seed)
-    folder = Path(config.output_dir)
-    trackers = None if config.logger == "none" else config.logger
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=trackers,
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / config.logging_dir)),
-    )
-    if trackers:
-        accelerator.init_trackers("vsdm", config=asdict(config))
 
-    data = sample_toy(config.dataset_name, config.num_train_samples, torch.Generator().manual_seed(config.seed))
-    if not torch.isfinite(data).all():
-        raise ValueError(f"The data set {config.dataset_name!r} holds NaN or infinite values: remove them.")
-    normalizer = DataNormalizer.from_data(data) if config.standardize else None
-    data = data if normalizer is None else normalizer.normalize(data)
+    def __init__(self, config: TrainingConfig):
+        self.config = config
+        self.folder = Path(config.output_dir)
+        set_seed(config.seed)
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            log_with=None if config.logger == "none" else config.logger,
+            project_config=ProjectConfiguration(
+                project_dir=str(self.folder), logging_dir=str(self.folder / config.logging_dir)
+            ),
+        )
+        data = sample_toy(config.dataset_name, config.num_train_samples, torch.Generator().manual_seed(config.seed))
+        if not torch.isfinite(data).all():
+            raise ValueError(f"The data set {config.dataset_name!r} holds NaN or infinite values: remove them.")
+        self.normalizer = DataNormalizer.from_data(data) if config.standardize else None
+        data = data if self.normalizer is None else self.normalizer.normalize(data)
 
-    scheduler, drift = build_scheduler(config, data)
-    network = MLPModel(
-        in_channels=data.shape[1],
-        num_train_timesteps=config.ddpm_num_steps,
-        width=config.model_width,
-        num_blocks=config.model_num_blocks,
-    )
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=config.learning_rate, weight_decay=config.adam_weight_decay, betas=(0.9, 0.999)
-    )
-    # Accelerate steps a prepared schedule once for each process
-    lr_scheduler = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=config.max_train_steps * accelerator.num_processes,
-    )
-    loader = DataLoader(
-        _Samples(data),
-        batch_size=config.train_batch_size,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=lambda batch: batch,
-    )
-    model, optimizer, loader, lr_scheduler = accelerator.prepare(network, optimizer, loader, lr_scheduler)
-    approximation = StochasticApproximation(
-        drift,
-        scheduler.integrated_beta,
-        zeta=config.zeta,
-        zeta_placement=config.zeta_placement,
-        prior=config.sa_prior,
-        num_trajectories=config.sa_trajectories,
-        step_scale=config.sa_step_scale,
-        step_offset=config.sa_step_offset,
-        step_power=config.sa_step_power,
-        seed=config.seed,
-    )
+        self.scheduler, self.drift = build_scheduler(config, data)
+        self.network = MLPModel(
+            in_channels=data.shape[1],
+            num_train_timesteps=config.ddpm_num_steps,
+            width=config.model_width,
+            num_blocks=config.model_num_blocks,
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=config.learning_rate, weight_decay=config.adam_weight_decay
+        )
+        # stepped by hand, once for each step of the optimizer, whatever the processes and the accumulation
+        self.lr_scheduler = get_scheduler(
+            config.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+        )
+        self.sampler = _EpochSampler(len(data), config.seed)
+        loader = DataLoader(
+            _Samples(data),
+            batch_size=config.train_batch_size,
+            sampler=self.sampler,
+            drop_last=True,
+            collate_fn=lambda batch: batch,
+        )
+        self.model, self.prepared_optimizer, self.loader = self.accelerator.prepare(
+            self.network, self.optimizer, loader
+        )
+        self.approximation = StochasticApproximation(
+            self.drift,
+            self.scheduler.integrated_beta,
+            zeta=config.zeta,
+            zeta_placement=config.zeta_placement,
+            prior=config.sa_prior,
+            num_trajectories=config.sa_trajectories,
+            step_scale=config.sa_step_scale,
+            step_offset=config.sa_step_offset,
+            step_power=config.sa_step_power,
+            seed=config.seed,
+        )
+        self.generator = torch.Generator(self.accelerator.device)
+        self.ema = self._new_ema()
+        self.step = 0
+        self.lambdas = [self.drift.lam.clone()]
+        self.losses: list[Tensor] = []
+        self.seconds = self.sa_seconds = 0.0
+        if config.resume_from_checkpoint:
+            self.load(find_checkpoint(self.folder, config.resume_from_checkpoint))
 
-    def new_ema() -> EMAModel | None:
-        return EMAModel(network.parameters(), decay=config.ema_max_decay) if config.use_ema else None
+    # The algorithm --------------------------------------------------------------------------------------------------
 
-    def run_stage() -> StageOutput:
-        # the same network without the gradient machinery of a distributed wrapper
-        network.eval()
-        output = approximation.update(
-            lambda x, k: scheduler.get_score(network(x, k).sample, k, x),
+    def train(self) -> TrainingResult:
+        """Run to the end; nothing is written but logs and checkpoints.
+
+        Raises:
+            FloatingPointError: The loss is no longer finite.
+        """
+        config = self.config
+        if config.logger != "none":
+            self.accelerator.init_trackers("vsdm", config=asdict(config))
+        batches = self._batches()
+        bar = tqdm(
+            initial=self.step,
+            total=config.max_train_steps,
+            desc="Training",
+            disable=not self.accelerator.is_local_main_process,
+            leave=False,
+        )
+        started = time.perf_counter() - self.seconds
+        while self.step < config.max_train_steps:
+            self._gradient_step(batches)
+            self.step += 1
+            if self.step in config.stage_steps:
+                self._stage()
+            if self.step == config.adaptive_steps and config.stage_steps:
+                # from here to the end the network meets only the lambda that is saved with it
+                self.drift.set_lambda(self.drift.average(config.sa_average))
+                self.ema = self._new_ema()
+            bar.update()
+            if self.step % config.logging_steps == 0 or self.step == config.max_train_steps:
+                self._log(bar)
+            self.seconds = time.perf_counter() - started
+            if config.checkpointing_steps and self.step % config.checkpointing_steps == 0:
+                self.save()
+        bar.close()
+        self.accelerator.end_training()
+
+        if self.ema is not None:
+            self.ema.copy_to(self.network.parameters())
+        normalizer = None if self.normalizer is None else self.normalizer.to(self.accelerator.device)
+        return TrainingResult(
+            pipeline=VSDMPipeline(self.network.eval(), self.scheduler, normalizer),
+            lambdas=torch.stack(self.lambdas),
+            final_loss=torch.stack(self.losses).mean().item(),
+            seconds=self.seconds,
+            sa_seconds=self.sa_seconds,
+            sa_skipped=self.approximation.num_skipped,
+        )
+
+    def _gradient_step(self, batches: Iterator[tuple[int, Tensor]]) -> None:
+        """Score matching (Eq. 16) on one batch, or on several accumulated."""
+        total = torch.zeros((), device=self.accelerator.device)
+        for _ in range(self.config.gradient_accumulation_steps):
+            index, sample = next(batches)
+            with self.accelerator.accumulate(self.model):
+                noise, timesteps = self._draw(index, sample)
+                with self.accelerator.autocast():
+                    prediction = self.model(self.scheduler.add_noise(sample, noise, timesteps), timesteps).sample
+                loss = denoising_score_matching(
+                    self.scheduler, prediction, sample, noise, timesteps, self.config.weighting
+                )
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+                self.prepared_optimizer.step()
+                self.prepared_optimizer.zero_grad()
+            total += loss.detach() / self.config.gradient_accumulation_steps
+        self.lr_scheduler.step()
+        if self.ema is not None:
+            self.ema.step(self.network.parameters())
+        self.losses = [*self.losses[1 - LOSS_WINDOW :], total]
+
+    def _draw(self, index: int, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise and times for the `index`-th batch; every process draws all of it and keeps its own part."""
+        self.generator.manual_seed(self.config.seed * 1_000_000_007 + index)
+        whole = len(sample) * self.accelerator.num_processes
+        mine = slice(len(sample) * self.accelerator.process_index, len(sample) * (self.accelerator.process_index + 1))
+        draw: dict[str, Any] = {"generator": self.generator, "device": sample.device}
+        noise = torch.randn((whole, *sample.shape[1:]), **draw)
+        return noise[mine], torch.randint(self.config.ddpm_num_steps, (whole,), **draw)[mine]
+
+    def _batches(self) -> Iterator[tuple[int, Tensor]]:
+        """Numbered batches from where the run stands."""
+        done = self.step * self.config.gradient_accumulation_steps
+        self.sampler.epoch, skip = divmod(done, len(self.loader))
+        loader = self.accelerator.skip_first_batches(self.loader, skip) if skip else self.loader
+        while True:
+            for batch in loader:
+                yield done, batch
+                done += 1
+            self.sampler.epoch += 1
+            loader = self.loader
+
+    def _stage(self) -> StageOutput:
+        """Stochastic approximation: simulate with the network as it is, step lambda."""
+        started = time.perf_counter()
+        accelerator, network = self.accelerator, self.network.eval()  # without a distributed wrapper
+        output = self.approximation.update(
+            lambda x, k: self.scheduler.get_score(network(x, k).sample, k, x),
             device=accelerator.device,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
             reduce_sum=lambda tensor: accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu(),
         )
-        network.train()
+        self.network.train()
+        self.sa_seconds += time.perf_counter() - started
+        self.lambdas.append(output.lam)
+        moments = {f"moment/{i}": value for i, value in enumerate(output.score_x.flatten()[:8].tolist())}
+        accelerator.log(moments, step=self.step)
         return output
 
-    ema = new_ema()
-    lambdas: list[Tensor] = [drift.lam.clone()]
-    losses: list[Tensor] = []
-    sa_seconds = 0.0
-    generator = torch.Generator(accelerator.device)
-    batches = _endless(loader)
-    started = time.perf_counter()
-    bar = tqdm(
-        range(1, config.max_train_steps + 1),
-        desc="Training",
-        disable=not accelerator.is_local_main_process,
-        leave=False,
-    )
-    for step in bar:
-        sample = next(batches)
-        # keyed by step and process: no state to save, no two alike
-        generator.manual_seed(
-            (config.seed * config.max_train_steps + step) * accelerator.num_processes + accelerator.process_index
-        )
-        draw = {"generator": generator, "device": accelerator.device}
-        noise = torch.randn(sample.shape, **draw)
-        timesteps = torch.randint(config.ddpm_num_steps, (len(sample),), **draw)
-        with accelerator.autocast():
-            prediction = model(scheduler.add_noise(sample, noise, timesteps), timesteps).sample
-        loss = denoising_score_matching(scheduler, prediction, sample, noise, timesteps, config.weighting)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        if ema is not None:
-            ema.step(network.parameters())
-        losses = [*losses[-99:], loss.detach()]
+    def _new_ema(self) -> EMAModel | None:
+        config = self.config
+        return EMAModel(self.network.parameters(), decay=config.ema_max_decay) if config.use_ema else None
 
-        if step in config.stage_steps:
-            stage_started = time.perf_counter()
-            stage = run_stage()
-            sa_seconds += time.perf_counter() - stage_started
-            lambdas.append(stage.lam)
-            accelerator.log(
-                {f"moment/{i}": value for i, value in enumerate(stage.score_x.flatten()[:8].tolist())}, step=step
+    def _log(self, bar: tqdm) -> None:
+        loss = torch.stack(self.losses).mean().item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss} at step {self.step}: lower `learning_rate`, or choose another `weighting`."
             )
-        if step == config.adaptive_steps and config.stage_steps:
-            # from here to the end the network meets only the lambda that is saved with it
-            drift.set_lambda(drift.average(config.sa_average))
-            ema = new_ema()
+        lam = self.drift.lam.flatten()
+        bar.set_postfix(loss=f"{loss:.4f}", **{"lambda": " ".join(f"{x:.3f}" for x in lam[:4].tolist())})
+        scalars = {f"lambda/{i}": x for i, x in enumerate(lam[:8].tolist())}
+        self.accelerator.log({"loss": loss, "lr": self.lr_scheduler.get_last_lr()[0], **scalars}, step=self.step)
 
-        if step % config.logging_steps == 0 or step == config.max_train_steps:
-            value = torch.stack(losses).mean().item()
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"The loss is {value} at step {step}: lower `learning_rate`, or choose another `weighting`."
-                )
-            lam = drift.lam.flatten()
-            bar.set_postfix(loss=f"{value:.4f}", **{"lambda": " ".join(f"{x:.3f}" for x in lam[:4].tolist())})
-            scalars = {f"lambda/{i}": x for i, x in enumerate(lam[:8].tolist())}
-            accelerator.log({"loss": value, "lr": lr_scheduler.get_last_lr()[0], **scalars}, step=step)
-    seconds = time.perf_counter() - started
-    accelerator.end_training()
+    # Checkpoints ----------------------------------------------------------------------------------------------------
 
-    if ema is not None:
-        ema.copy_to(network.parameters())
-    pipeline = VSDMPipeline(
-        network.eval(), scheduler, None if normalizer is None else normalizer.to(accelerator.device)
+    def save(self) -> None:
+        """Write `checkpoint-{step}` on the main process."""
+        if self.accelerator.is_main_process:
+            limit = self.config.checkpoints_total_limit
+            save_checkpoint(self.folder, self.step, self._tensors(), self._numbers(), limit)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint of the same run.
+
+        Raises:
+            ValueError: The checkpoint is damaged, or belongs to a run with other settings.
+        """
+        tensors, numbers = load_checkpoint(path)
+        settings = self.config.identity()
+        changed = sorted(key for key in settings if numbers["config"].get(key) != settings[key])
+        if changed:
+            raise ValueError(
+                f"The checkpoint {path} is of a run with other settings of {', '.join(f'`{key}`' for key in changed)}:"
+                " give those, or start a new run in another `output_dir`."
+            )
+        self.network.load_state_dict(_inside(tensors, "network"))
+        self.drift.load_state_dict(_inside(tensors, "drift"))
+        state = {int(i): _inside(_inside(tensors, "optimizer"), i) for i in numbers["optimizer_indices"]}
+        self.optimizer.load_state_dict({"state": state, "param_groups": numbers["param_groups"]})
+        self.lr_scheduler.load_state_dict(self.lr_scheduler.state_dict() | numbers["lr_scheduler"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(numbers["scaler"])
+        if self.ema is not None:
+            shadow = [tensors[f"ema.{i}"].to(self.accelerator.device) for i in range(len(self.ema.shadow_params))]
+            self.ema.load_state_dict(numbers["ema"] | {"shadow_params": shadow})
+        self.lambdas = list(tensors["lambdas"])
+        self.losses = list(tensors["losses"].to(self.accelerator.device))
+        self.approximation.num_stages = numbers["num_stages"]
+        self.approximation.num_skipped = numbers["num_skipped"]
+        self.step, self.seconds, self.sa_seconds = numbers["step"], numbers["seconds"], numbers["sa_seconds"]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        tensors |= {f"drift.{name}": tensor for name, tensor in self.drift.state_dict().items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
+        if self.ema is not None:
+            tensors |= {f"ema.{i}": tensor for i, tensor in enumerate(self.ema.shadow_params)}
+        tensors |= {"lambdas": torch.stack(self.lambdas), "losses": torch.stack(self.losses)}
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    def _numbers(self) -> dict[str, Any]:
+        optimizer = self.optimizer.state_dict()
+        ema = {} if self.ema is None else self.ema.state_dict()
+        schedule = self.lr_scheduler.state_dict()
+        return {
+            "config": self.config.identity(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "sa_seconds": self.sa_seconds,
+            "num_stages": self.approximation.num_stages,
+            "num_skipped": self.approximation.num_skipped,
+            "optimizer_indices": [str(i) for i in optimizer["state"]],
+            "param_groups": optimizer["param_groups"],
+            "lr_scheduler": {key: value for key, value in schedule.items() if _is_plain(value)},
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+            "ema": {key: value for key, value in ema.items() if key != "shadow_params"},
+        }
+
+
+def _inside(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def _is_plain(value: Any) -> bool:
+    """Numbers and lists of numbers, as against the functions that a learning-rate schedule also lists."""
+    return isinstance(value, (int, float, bool)) or (
+        isinstance(value, list) and all(isinstance(x, (int, float)) for x in value)
     )
-    return TrainingResult(
-        pipeline=pipeline,
-        lambdas=torch.stack(lambdas),
-        final_loss=torch.stack(losses).mean().item(),
-        seconds=seconds,
-        sa_seconds=sa_seconds,
-        sa_skipped=approximation.num_skipped,
-    )
 
 
-def _endless(loader: DataLoader) -> Iterator[Tensor]:
-    while True:
-        yield from loader
+def train(config: TrainingConfig) -> TrainingResult:
+    """Train a model as `config` says: [`Trainer.train`]."""
+    return Trainer(config).train()

@@ -1,0 +1,86 @@
+"""Checkpoints: a folder of tensors and numbers that is there whole or not at all.
+
+`checkpoint-N` holds `state.safetensors` and `state.json`. It is written under a temporary name and renamed, so a
+folder of that name is complete, whatever killed the process.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from ..files import write_atomically
+
+
+PREFIX, UNFINISHED = "checkpoint-", ".unfinished-checkpoint-"
+LATEST = "latest"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in `folder`, oldest first."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def find_checkpoint(folder: Path, name: str) -> Path:
+    """The checkpoint that `--resume_from_checkpoint` names: `latest`, a name inside `folder`, or a path.
+
+    Raises:
+        FileNotFoundError: There is none; the message lists those that there are.
+    """
+    present = list_checkpoints(folder)
+    if name == LATEST and present:
+        return present[-1]
+    for path in (folder / name, Path(name)):
+        if name != LATEST and (path / "state.json").is_file():
+            return path
+    names = ", ".join(path.name for path in present) or "none"
+    raise FileNotFoundError(f"`resume_from_checkpoint` {name!r} is not a checkpoint in {folder}. There are: {names}.")
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], limit: int) -> Path:
+    """Write `checkpoint-{step}`, then delete the oldest beyond `limit` (0: keep all).
+
+    Raises:
+        OSError: It could not be written, for want of space perhaps; checkpoints that exist are left alone.
+    """
+    target, unfinished = folder / f"{PREFIX}{step}", folder / f"{UNFINISHED}{step}"
+    for leftover in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(leftover)
+    try:
+        unfinished.mkdir(parents=True)
+        write_atomically(unfinished / "state.safetensors", safetensors.torch.save(tensors))
+        write_atomically(unfinished / "state.json", json.dumps(state).encode())
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(unfinished, target)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        kept = list_checkpoints(folder)
+        raise OSError(
+            error.errno,
+            f"Checkpoint {target} could not be written ({error.strerror}); the last whole one is"
+            f" {kept[-1] if kept else 'none'}. Free some space, then resume.",
+        ) from error
+    for old in list_checkpoints(folder)[:-limit] if limit else []:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what [`save_checkpoint`] wrote.
+
+    Raises:
+        ValueError: The files are damaged.
+    """
+    try:
+        # clones: tensors in the file's alignment would be rounded differently by some CPU kernels
+        tensors = {key: t.clone() for key, t in safetensors.torch.load_file(path / "state.safetensors").items()}
+        return tensors, json.loads((path / "state.json").read_text())
+    except (safetensors.SafetensorError, json.JSONDecodeError, FileNotFoundError) as error:
+        raise ValueError(f"The checkpoint {path} is damaged ({error}): resume from an older one.") from error

@@ -1,0 +1,187 @@
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
+
+from diffusers_vsdm.trainer import Trainer, TrainingConfig, checkpoint
+from diffusers_vsdm.trainer.checkpoint import find_checkpoint, list_checkpoints
+
+
+TINY = {
+    "max_train_steps": 40,
+    "sa_stages": 5,
+    "sa_trajectories": 16,
+    "num_train_samples": 500,  # several epochs
+    "train_batch_size": 64,
+    "model_width": 16,
+    "model_num_blocks": 1,
+    "standardize": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def tiny(folder, **settings):
+    return TrainingConfig(output_dir=str(folder), **(TINY | settings))
+
+
+def outcome(config):
+    """Everything that a run computes: each loss, each lambda, the weights."""
+    trainer = Trainer(config)
+    result = trainer.train()
+    return torch.stack(trainer.losses), result.lambdas, [p.detach() for p in result.pipeline.unet.parameters()]
+
+
+def assert_same(a, b):
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    assert all(torch.equal(x, y) for x, y in zip(a[2], b[2], strict=True))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_ema": False, "gradient_accumulation_steps": 2},
+        {"mixed_precision": "bf16", "lr_scheduler": "constant_with_warmup"},
+    ],
+)
+@pytest.mark.parametrize("stop", [7, 32, 35])  # between stages, at the freezing of lambda, after it
+def test_a_resumed_run_is_the_uninterrupted_one_exactly(tmp_path, settings, stop):
+    whole = outcome(tiny(tmp_path / "whole", **settings))
+    trainer = Trainer(tiny(tmp_path / "parts", checkpointing_steps=stop, **settings))
+    trainer.save = lambda: (Trainer.save(trainer), _interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert [path.name for path in list_checkpoints(tmp_path / "parts")] == [f"checkpoint-{stop}"]
+    assert_same(whole, outcome(tiny(tmp_path / "parts", resume_from_checkpoint="latest", **settings)))
+
+
+def _interrupt():
+    raise KeyboardInterrupt
+
+
+def _run_and_record(folder):
+    torch.set_num_threads(1)
+    resume = "latest" if list_checkpoints(folder) else ""
+    config = tiny(folder, checkpointing_steps=1, checkpoints_total_limit=2, resume_from_checkpoint=resume)
+    torch.save(outcome(config), folder.parent / "outcome.pt")
+
+
+def test_sigkill_at_ten_random_moments_changes_nothing(tmp_path):
+    """A checkpoint after every step, so that many kills fall into the writing of one."""
+    whole = outcome(tiny(tmp_path / "whole"))
+    fork, folder, kills = multiprocessing.get_context("fork"), tmp_path / "killed", 0
+    generator = random.Random(0)
+    while not (tmp_path / "outcome.pt").exists():
+        process = fork.Process(target=_run_and_record, args=(folder,))
+        process.start()
+        if kills < 10:
+            before = len(list_checkpoints(folder)) and int(list_checkpoints(folder)[-1].name.split("-")[1])
+            while process.is_alive() and _newest(folder) < min(before + 1, 39):
+                time.sleep(0.005)
+            time.sleep(generator.uniform(0, 0.08))
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.join()
+    assert kills == 10
+    assert_same(whole, torch.load(tmp_path / "outcome.pt"))
+    assert len(list_checkpoints(folder)) == 2
+
+
+def _newest(folder):
+    present = list_checkpoints(folder)
+    return int(present[-1].name.split("-")[1]) if present else 0
+
+
+def test_old_checkpoints_are_deleted_beyond_the_limit(tmp_path):
+    Trainer(tiny(tmp_path, checkpointing_steps=10, checkpoints_total_limit=2)).train()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-30", "checkpoint-40"]
+
+
+def test_only_safetensors_and_json_are_written(tmp_path):
+    Trainer(tiny(tmp_path, checkpointing_steps=20)).train()
+    assert {path.name for path in (tmp_path / "checkpoint-20").iterdir()} == {"state.safetensors", "state.json"}
+
+
+def test_a_full_disk_keeps_the_last_whole_checkpoint(tmp_path, monkeypatch):
+    trainer = Trainer(tiny(tmp_path, checkpointing_steps=10))
+    write, calls = checkpoint.write_atomically, []
+
+    def full(path, content):
+        calls.append(path)
+        if len(calls) > 3:  # the second file of the second checkpoint
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    with pytest.raises(OSError, match="checkpoint-20 could not be written.*No space left.*checkpoint-10"):
+        trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    Trainer(tiny(tmp_path, checkpointing_steps=20)).train()
+    with pytest.raises(ValueError, match="other settings of `learning_rate`, `zeta`"):
+        Trainer(tiny(tmp_path, zeta=0.9, learning_rate=1e-4, resume_from_checkpoint="latest"))
+    # what does not touch the numbers may change
+    Trainer(tiny(tmp_path, logging_steps=7, resume_from_checkpoint="checkpoint-20"))
+
+
+def test_damaged_or_missing_checkpoints_are_reported(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There are: none"):
+        find_checkpoint(tmp_path, "latest")
+    Trainer(tiny(tmp_path, checkpointing_steps=20)).train()
+    with pytest.raises(FileNotFoundError, match="There are: checkpoint-20, checkpoint-40"):
+        find_checkpoint(tmp_path, "checkpoint-30")
+    file = tmp_path / "checkpoint-40" / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged"):
+        Trainer(tiny(tmp_path, resume_from_checkpoint="latest"))
+    Trainer(tiny(tmp_path, resume_from_checkpoint="checkpoint-20"))
+
+
+def test_accumulation_counts_one_step_of_the_schedule(tmp_path):
+    """Three batches to a step or one: the schedule and the stages count the steps."""
+    for n in (1, 3):
+        AcceleratorState._reset_state(True)
+        trainer = Trainer(tiny(tmp_path, gradient_accumulation_steps=n))
+        result = trainer.train()
+        assert trainer.lr_scheduler.state_dict()["last_epoch"] == 40 and len(result.lambdas) == 6
+        assert trainer.optimizer.state_dict()["state"][0]["step"] == 40
+
+
+def _two_processes(folder, batch_size, stage_only):
+    torch.set_num_threads(1)
+    config = tiny(folder, train_batch_size=batch_size)
+    trainer = Trainer(config)
+    if stage_only:
+        output = trainer._stage()
+        result = [output.lam, output.score_x]
+    else:
+        result = [trainer.train().lambdas, *(p.detach() for p in trainer.network.parameters())]
+    name = f"{trainer.accelerator.num_processes}-{trainer.accelerator.process_index}.json"
+    (folder / name).write_text(json.dumps([tensor.double().flatten().tolist() for tensor in result]))
+
+
+@pytest.mark.parametrize("stage_only, tolerance", [(True, 1e-6), (False, 2e-4)])
+def test_two_processes_compute_what_one_does(tmp_path, stage_only, tolerance):
+    _two_processes(tmp_path, 64, stage_only)
+    AcceleratorState._reset_state(True)
+    debug_launcher(_two_processes, args=(tmp_path, 32, stage_only), num_processes=2)
+    one, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
+    assert first == second  # without a broadcast
+    for a, b in zip(one, first, strict=True):
+        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=tolerance, atol=tolerance)

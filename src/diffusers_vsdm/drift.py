@@ -12,11 +12,12 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from .bases import Basis, CosineBasis, IdentityBasis, cosine_matrix, principal_axes
 from .files import write_atomically
 from .statistics import Statistics
 
 
-BASES = ("identity",)
+BASES = ("identity", "dct")
 AVERAGES = ("polyak", "ema")
 
 
@@ -31,7 +32,8 @@ class AdaptiveDiagonalDrift(Statistics):
         event_shape (`tuple[int, ...]`): Shape of one sample, `(d,)` or `(C, H, W)`.
         lambda_shape (`tuple[int, ...]`, *optional*): Shape of $\lambda$. It has as many dimensions as `event_shape`
             and broadcasts to it: `(1, 1, 1)`, `(C, 1, 1)` or `(C, H, W)` for images. Defaults to `event_shape`.
-        basis (`str`, defaults to `"identity"`): Orthonormal basis in which the drift is diagonal.
+        basis (`str`, defaults to `"identity"`): Orthonormal basis in which the drift is diagonal: `"identity"`, or
+            `"dct"` for images; see [`bases`].
         ema_decay (`float`, defaults to 0.9): Weight of the past in the exponential moving average, in [0, 1).
         averaging_power (`float`, defaults to 3.0): The iterate $\lambda_k$ enters the Polyak-Ruppert average with
             weight $(1 + p)/(k + p)$. 0 is the plain mean of section 4.3; larger values forget the start, as $k^p$
@@ -41,6 +43,7 @@ class AdaptiveDiagonalDrift(Statistics):
         lam, lam_polyak, lam_ema: The current $\lambda$ and its two averages, shape `lambda_shape`.
         num_updates: Number of updates so far.
         data_mean, data_variance: Moments of the (normalised) data in the drift's basis, shape `event_shape`.
+        rotation: With the `dct` basis, its rotation of the channels, shape `(C, C)`.
 
     References:
         Deng et al. (2024), "Variational Schrödinger Diffusion Models", sections 4.1 to 4.3.
@@ -53,6 +56,7 @@ class AdaptiveDiagonalDrift(Statistics):
     num_updates: Tensor
     data_mean: Tensor
     data_variance: Tensor
+    rotation: Tensor
 
     @register_to_config
     def __init__(
@@ -77,6 +81,8 @@ class AdaptiveDiagonalDrift(Statistics):
             )
         if basis not in BASES:
             raise ValueError(f"`basis` must be one of {BASES}, got {basis!r}.")
+        if basis == "dct" and len(event_shape) != 3:
+            raise ValueError(f"`basis` 'dct' is for images (channels, height, width), not for events {event_shape}.")
         if not 0 <= ema_decay < 1:
             raise ValueError(f"`ema_decay` must lie in [0, 1), got {ema_decay}.")
         if not averaging_power >= 0:
@@ -88,6 +94,8 @@ class AdaptiveDiagonalDrift(Statistics):
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("data_mean", torch.zeros(event_shape, dtype=torch.float64))
         self.register_buffer("data_variance", torch.ones(event_shape, dtype=torch.float64))
+        if basis == "dct":
+            self.register_buffer("rotation", torch.eye(event_shape[0], dtype=torch.float64))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         return self  # float64 has no place on some devices
@@ -101,6 +109,13 @@ class AdaptiveDiagonalDrift(Statistics):
     def is_neutral(self) -> bool:
         r"""Whether $\lambda = 1$ everywhere, so that the process is that of DDPM."""
         return bool((self.lam == 1).all())
+
+    def basis(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64) -> Basis:
+        """The change of coordinates between samples and the basis, on a device and in a type."""
+        if self.config["basis"] == "identity":
+            return IdentityBasis()
+        matrices = (self.rotation, cosine_matrix(self.event_shape[1]), cosine_matrix(self.event_shape[2]))
+        return CosineBasis(*(matrix.to(device, dtype) for matrix in matrices))
 
     def set_lambda(self, value: float | Tensor) -> None:
         r"""Set $\lambda$ and restart its averages there; `num_updates` is left as it is.
@@ -143,7 +158,10 @@ class AdaptiveDiagonalDrift(Statistics):
         return getattr(self, f"lam_{which}").clone()
 
     def fit_moments(self, data: Tensor) -> None:
-        """Set `data_mean` and `data_variance` from samples of shape `(n, *event_shape)`, n at least 2."""
+        """Set the data's moments from samples of shape `(n, *event_shape)`, n at least 2.
+
+        In the `dct` basis the channels are turned to their principal axes first, so lambda must still be neutral.
+        """
         if tuple(data.shape[1:]) != self.event_shape or len(data) < 2:
             raise ValueError(
                 f"`data` must have shape (n, {', '.join(map(str, self.event_shape))}) with n at least 2, got"
@@ -151,7 +169,13 @@ class AdaptiveDiagonalDrift(Statistics):
             )
         if not torch.isfinite(data).all():
             raise ValueError("`data` holds NaN or infinite values: remove them before fitting.")
-        data = data.detach().to("cpu", torch.float64)
+        if self.config["basis"] == "dct":
+            if not self.is_neutral:
+                raise ValueError(
+                    "The moments turn the basis, so fit them before lambda is learned: it would change meaning."
+                )
+            self.rotation.copy_(principal_axes(data))
+        data = self.basis().to_basis(data.detach().to("cpu", torch.float64))
         self.data_mean.copy_(data.mean(0))
         self.data_variance.copy_(data.var(0))
 

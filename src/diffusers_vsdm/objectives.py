@@ -57,7 +57,9 @@ def denoising_score_matching(
         raise ValueError(f"`weighting` must be one of {tuple(WEIGHTINGS)}, got {weighting!r}.")
     network = PARAMETERIZATIONS[scheduler.config["prediction_type"]]
     a, s = scheduler.marginal_scales(sample, timesteps)
-    error = (model_output.to(s.dtype) - network.target(sample, noise, a, s)) ** 2
+    basis = scheduler.basis(s)
+    sample, noise, model_output = (basis.to_basis(x.to(s.dtype)) for x in (sample, noise, model_output))
+    error = (model_output - network.target(sample, noise, a, s)) ** 2
     weight = WEIGHTINGS[weighting]
     if weight is None:
         return error.mean()

@@ -9,8 +9,9 @@ automatic differentiation. At the $A$ that the trajectories were simulated with,
   $\zeta < 1$ lets $\lambda$ sink where the prior is reached and rise where it is not.
 - `zeta_placement="inner_product"`: $1 + \zeta E[\mathrm{score}_i x_i] + (1 - \zeta) A_i E[x_i^2]$, Eq. 6 as printed.
 
-Averaged over time with weight $\beta \, dt = dg$, the step is $\log \lambda \mathrel{+}= \eta_k \cdot$ gradient:
-descending in $A$ is ascending in $\lambda = 1 - 2A$. The step sizes are $\eta_k = a / (k^\alpha + b)$ (assumption A5).
+All of it in the coordinates of the drift's basis. Averaged over time with weight $\beta \, dt = dg$, the step is
+$\log \lambda \mathrel{+}= \eta_k \cdot$ gradient: descending in $A$ is ascending in $\lambda = 1 - 2A$. The step sizes
+are $\eta_k = a / (k^\alpha + b)$ (assumption A5).
 
 References:
     Deng et al. (2024), "Variational Schrödinger Diffusion Models", sections 4.1, 4.3 and 5.
@@ -189,6 +190,7 @@ class StochasticApproximation:
     def _simulate(self, score: ScoreFunction, trajectories: range, device: torch.device) -> Tensor:
         """Both time-averaged moments, summed over trajectories and shaped as lambda: float64, `(2, *lambda_shape)`."""
         noise = torch.stack([self._noise(index) for index in trajectories], dim=1).to(device)
+        basis = self.drift.basis(device, torch.float32)
         mean, scale = (moment.to(device, torch.float32) for moment in self._prior_moments())
         lam = self.drift.lam.to(device, torch.float32)
         x = mean + scale * noise[0]
@@ -197,7 +199,7 @@ class StochasticApproximation:
         total = torch.zeros((2, *self.drift.lam.shape), dtype=torch.float32, device=device)
         steps = (self.g - self.g_next).tolist()
         for k, dg, xi in zip(self.timesteps, steps, noise[1:], strict=True):
-            score_x = score(x, k)
+            score_x = basis.to_basis(score(basis.from_basis(x), k))
             moments = torch.stack([score_x * x, x * x])
             total += dg * (moments.mean(shared, keepdim=True) if shared else moments).sum(1)
             x = x - dg * process.sde_drift(lam, x, score_x) + dg**0.5 * xi

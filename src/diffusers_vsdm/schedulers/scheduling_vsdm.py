@@ -17,6 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .. import process
+from ..bases import Basis, IdentityBasis
 from ..solvers import SOLVERS, Coefficients
 from .drift_owner import DriftOwner
 from .grids import SPACINGS, custom_grid, inference_grid
@@ -216,7 +217,12 @@ class VSDMScheduler(DriftOwner):
         [`sample_prior`].
         """
         self._prior_was_used = True
-        return 1.0 if self._drift is None else self._prior_moments()[1].float()
+        if self._drift is None:
+            return 1.0
+        std = self._prior_moments()[1]
+        if self._drift.config["basis"] != "identity":
+            std = std.square().mean().sqrt()  # a pipeline multiplies pixels
+        return std.float()
 
     @property
     def step_index(self) -> int | None:
@@ -373,7 +379,7 @@ class VSDMScheduler(DriftOwner):
     # Forward process -----------------------------------------------------------------------------------------
 
     def marginal_scales(self, sample: Tensor, timesteps: Tensor | int) -> tuple[Tensor, Tensor]:
-        r"""$a_t$ and $s_t$ of $x_t = a_t x_0 + s_t \epsilon$, broadcastable to `sample` (Corollary 1).
+        r"""$a_t$ and $s_t$ of $x_t = a_t x_0 + s_t \epsilon$ (Corollary 1), broadcastable to `sample` in [`basis`].
 
         Args:
             sample (`Tensor`): Samples `(batch, *event_shape)`, for shape, device and type (float32 at least).
@@ -386,6 +392,16 @@ class VSDMScheduler(DriftOwner):
         r"""$\beta_t$ per unit of time, averaged over each training interval of length 1 / N; shape of `timesteps`."""
         return (-torch.log1p(-self.betas) * len(self)).to(timesteps.device)[timesteps]
 
+    def basis(self, like: Tensor) -> Basis:
+        """The coordinates in which the process is elementwise, for tensors like this one.
+
+        Where lambda is one number the process is the same in every basis, and this is the identity.
+        """
+        if self._drift is None or self._drift.lam.numel() == 1:
+            return IdentityBasis()
+        drift = self._drift
+        return self._cached(("basis", like.device, like.dtype), lambda: drift.basis(like.device, like.dtype))
+
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         r"""$x_t = a_t x_0 + s_t \epsilon$ (Eq. 13 to 15).
 
@@ -394,12 +410,16 @@ class VSDMScheduler(DriftOwner):
             timesteps (`Tensor`): Integer training steps, `(batch,)`.
         """
         a, s = self.marginal_scales(original_samples, timesteps)
-        return (a * original_samples + s * noise).to(original_samples.dtype)
+        basis = self.basis(s)
+        x0, eps = (basis.to_basis(x.to(s.dtype)) for x in (original_samples, noise))
+        return basis.from_basis(a * x0 + s * eps).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         r"""$v = a_t \epsilon - s_t x_0$, the target of `v_prediction`; shapes as in [`add_noise`]."""
         a, s = self.marginal_scales(sample, timesteps)
-        return PARAMETERIZATIONS["v_prediction"].target(sample, noise, a, s).to(sample.dtype)
+        basis = self.basis(s)
+        x0, eps = (basis.to_basis(x.to(s.dtype)) for x in (sample, noise))
+        return basis.from_basis(PARAMETERIZATIONS["v_prediction"].target(x0, eps, a, s)).to(sample.dtype)
 
     def get_score(self, model_output: Tensor, timesteps: Tensor | int, sample: Tensor) -> Tensor:
         r"""The score $-\hat\epsilon / s_t$ of Eq. 17 and 18 that a network's output stands for, without clipping.
@@ -409,8 +429,10 @@ class VSDMScheduler(DriftOwner):
             timesteps (`Tensor` or `int`): Integer training steps, `(batch,)` or one for all.
         """
         a, s = self.marginal_scales(sample, timesteps)
-        eps = PARAMETERIZATIONS[self._internal_dict["prediction_type"]].eps(model_output, sample, a, s)
-        return process.conditional_score(eps, s)
+        basis = self.basis(s)
+        output, x = (basis.to_basis(x.to(s.dtype)) for x in (model_output, sample))
+        eps = PARAMETERIZATIONS[self._internal_dict["prediction_type"]].eps(output, x, a, s)
+        return basis.from_basis(process.conditional_score(eps, s))
 
     # Sampling ------------------------------------------------------------------------------------------------
 
@@ -443,7 +465,10 @@ class VSDMScheduler(DriftOwner):
         self._check_event(noise, "shape")
         self._prior_was_used = True
         mean, std = (moment.to(noise.device, torch.float32) for moment in self._prior_moments())
-        return (mean + std * noise).to(dtype)
+        if self._drift is None:
+            return (mean + std * noise).to(dtype)
+        basis = self._drift.basis(noise.device, torch.float32)
+        return basis.from_basis(mean + std * basis.to_basis(noise.float())).to(dtype)
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """The identity: the network sees the sample as it is."""
@@ -480,8 +505,8 @@ class VSDMScheduler(DriftOwner):
                 " must agree."
             )
         dtype, noise_dtype = sample.dtype, model_output.dtype
-        if dtype.itemsize < 4:
-            sample, model_output = sample.float(), model_output.float()
+        computed_in = torch.float32 if dtype.itemsize < 4 else dtype
+        sample, model_output = sample.to(computed_in), model_output.to(computed_in)
         index = self._next_index(timestep)
         if index == 0 and not self._prior_was_used and self._drift is not None:
             self._prior_was_used = True
@@ -500,7 +525,12 @@ class VSDMScheduler(DriftOwner):
         a, s = rows.a[index], rows.s[index]
 
         network = PARAMETERIZATIONS[self._internal_dict["prediction_type"]]
-        x0 = self._clip(network.x0(model_output, sample, a, s))
+        basis = self.basis(sample)
+        sample, model_output = basis.to_basis(sample), basis.to_basis(model_output)
+        x0 = network.x0(model_output, sample, a, s)
+        prediction = self._clip(basis.from_basis(x0))
+        if self._internal_dict["clip_sample"] or self._internal_dict["thresholding"]:
+            x0 = basis.to_basis(prediction)
         terms = {name: column[index] for name, column in rows.terms.items()}
         values = {"sample": sample, "x0": x0}
         if "eps" in terms:
@@ -509,16 +539,20 @@ class VSDMScheduler(DriftOwner):
             values["held"] = sample if self._held is None else self._held
             self._held = sample if self._held is None else None
         if "noise" in terms and int(self._grid[index]) > 0:
-            values["noise"] = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=noise_dtype)
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=noise_dtype)
+            values["noise"] = basis.to_basis(noise.to(sample.dtype))
             if predicted_variance is not None and rows.log_variance is not None:
+                if not isinstance(basis, IdentityBasis):
+                    raise ValueError("`variance_type` 'learned...' is per pixel: it has no meaning in another basis.")
                 bounds = (column[index] for column in rows.log_variance)
                 terms["noise"] = self._learned_std(predicted_variance, *bounds)
         previous = functools.reduce(operator.add, (terms[name] * values[name] for name in terms if name in values))
-        previous = previous.to(dtype)
+        previous, prediction = basis.from_basis(previous).to(dtype), prediction.to(dtype)
 
         self._step_index = index + 1
-        x0 = x0.to(dtype)
-        return VSDMSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
+        if not return_dict:
+            return (previous, prediction)
+        return VSDMSchedulerOutput(prev_sample=previous, pred_original_sample=prediction)
 
     def _learned_std(self, predicted: Tensor, log_small: Tensor, log_large: Tensor) -> Tensor:
         """Standard deviation from a network's second half of channels (Nichol and Dhariwal 2021, Eq. 15)."""

@@ -8,7 +8,7 @@ VENV ?= .venv
 
 demo: $(VENV)/installed
 	$(VENV)/bin/accelerate launch --num_processes 1 training/train_vsdm.py \
-		--dataset_name spiral-8y --standardize --output_dir outputs/spiral-8y
+		--dataset_name spiral-8y --standardize --output_dir outputs/spiral-8y --overwrite_output_dir
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest

@@ -69,6 +69,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_exactly(tmp_path, settings, stop
     assert_same(whole, outcome(tiny(tmp_path / "parts", resume_from_checkpoint="latest", **settings)))
 
 
+LONG = 400  # more than ten lives get through
+
+
 def _interrupt():
     raise KeyboardInterrupt
 
@@ -76,22 +79,24 @@ def _interrupt():
 def _run_and_record(folder):
     torch.set_num_threads(1)
     resume = "latest" if list_checkpoints(folder) else ""
-    config = tiny(folder, checkpointing_steps=1, checkpoints_total_limit=2, resume_from_checkpoint=resume)
+    config = tiny(
+        folder, checkpointing_steps=1, checkpoints_total_limit=2, resume_from_checkpoint=resume, max_train_steps=LONG
+    )
     torch.save(outcome(config), folder.parent / "outcome.pt")
 
 
 def test_sigkill_at_ten_random_moments_changes_nothing(tmp_path):
     """A checkpoint after every step, so that many kills fall into the writing of one."""
-    whole = outcome(tiny(tmp_path / "whole"))
+    whole = outcome(tiny(tmp_path / "whole", max_train_steps=LONG))
     fork, folder, kills = multiprocessing.get_context("fork"), tmp_path / "killed", 0
     generator = random.Random(0)
     while not (tmp_path / "outcome.pt").exists():
         process = fork.Process(target=_run_and_record, args=(folder,))
         process.start()
         if kills < 10:
-            before = len(list_checkpoints(folder)) and int(list_checkpoints(folder)[-1].name.split("-")[1])
-            while process.is_alive() and _newest(folder) < min(before + 1, 39):
-                time.sleep(0.005)
+            before = _newest(folder)
+            while process.is_alive() and _newest(folder) == before:
+                time.sleep(0.002)
             time.sleep(generator.uniform(0, 0.08))
             os.kill(process.pid, signal.SIGKILL)
             kills += 1

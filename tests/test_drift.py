@@ -54,6 +54,12 @@ def test_averages_are_the_weighted_means_of_the_iterates(directions, power):
     assert int(drift.num_updates) == len(directions)
 
 
+def test_no_step_leaves_the_positive_numbers():
+    drift = AdaptiveDiagonalDrift((2,))
+    drift.step(torch.tensor([-1e4, 1e4]).double(), 1.0)
+    assert (drift.lam > 0).all() and drift.lam.isfinite().all()
+
+
 def test_moments_are_the_datas(tmp_path):
     data = torch.randn(1000, 3) * torch.tensor([1.0, 10.0, 0.1]) + 5
     drift = AdaptiveDiagonalDrift((3,))
@@ -112,6 +118,15 @@ def test_damaged_files_are_refused(cut, flip, tmp_path_factory):
     path.write_bytes(bytes(damaged))
     with pytest.raises(ValueError, match="damaged"):
         AdaptiveDiagonalDrift.load_file(path)
+
+
+def test_a_file_with_impossible_numbers_is_refused(tmp_path):
+    for name, value in (("data_mean", float("nan")), ("lam_ema", -1.0)):
+        drift = make_drift()
+        getattr(drift, name).fill_(value)
+        drift.save_file(tmp_path / "drift.safetensors")
+        with pytest.raises(ValueError, match="not finite, or a lambda that is not positive"):
+            AdaptiveDiagonalDrift.load_file(tmp_path / "drift.safetensors")
 
 
 def test_missing_file(tmp_path):

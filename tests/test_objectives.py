@@ -66,6 +66,12 @@ def test_the_minimiser_is_the_score():
     torch.testing.assert_close(slope, ANISOTROPIC.eps(one, g) - ANISOTROPIC.eps(zero, g), rtol=0.02, atol=0.003)
 
 
+def test_shapes_that_would_broadcast_are_refused():
+    x0, eps = batch()
+    with pytest.raises(ValueError, match="one shape"):
+        denoising_score_matching(scheduler_for(ANISOTROPIC), eps[:, :1], x0, eps, K)
+
+
 def test_unknown_weighting():
     x0, eps = batch()
     with pytest.raises(ValueError, match="weighting"):

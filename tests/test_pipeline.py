@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import numpy as np
 import PIL.Image
@@ -83,10 +84,7 @@ def test_gives_the_images_of_the_ddpm_pipeline():
     stock = DDPMPipeline(ours.unet, DDPMScheduler())
     stock.set_progress_bar_config(disable=True)
     expected = stock(2, generator(2), num_inference_steps=6, output_type="np").images
-    # the stock pipeline draws its start from the same generator
-    again = generator(2)
-    latents = torch.randn(2, 3, 8, 8, generator=again)
-    actual = ours(2, again, num_inference_steps=6, latents=latents, output_type="np").images
+    actual = ours(2, generator(2), num_inference_steps=6, output_type="np").images
     assert np.abs(expected - actual).max() < 2e-5
 
 
@@ -100,7 +98,7 @@ def test_progress_of_a_run():
         return {"latents": tensors["latents"] * 0} if index == 6 else {}
 
     output = pipeline(3, generator(), num_inference_steps=4, callback_on_step_end=callback)
-    assert [k for _, k, _ in seen] == [75, 50, 50, 25, 25, 0, 0] and len(seen) == 2 * 4 - 1
+    assert [k for _, k, _ in seen] == [99, 74, 74, 49, 49, 24, 24] and len(seen) == 2 * 4 - 1
     np.testing.assert_allclose(output.samples, pipeline.normalizer.mean.expand(3, 2))
 
 
@@ -167,6 +165,7 @@ def test_default_number_of_steps_fits_the_table():
         ({"batch_size": 3, "generator": [torch.Generator()]}, "generator"),
         ({"latents": torch.zeros(1, 3)}, "latents"),
         ({"num_inference_steps": 101}, "between 1 and 100"),
+        ({"num_inference_steps": 0}, "between 1 and 100"),
         ({"num_inference_steps": 3, "timesteps": [3]}, "at most one"),
         ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "prompt"),
     ],
@@ -178,12 +177,44 @@ def test_bad_arguments_say_what_is_wrong(arguments, message):
 
 def test_a_stock_scheduler_serves_a_neutral_process_and_no_other():
     pipeline = vectors("ddim")
-    with pytest.raises(ValueError, match="learned drift"):
+    with pytest.raises(ValueError, match="belongs to a drift"):
         VSDMPipeline(pipeline.unet, DDIMScheduler.from_config(pipeline.scheduler.config))
     pipeline.scheduler.set_drift(None)
     stock = VSDMPipeline(pipeline.unet, DDIMScheduler.from_config(pipeline.scheduler.config))
     stock.set_progress_bar_config(disable=True)
     assert stock(2, generator(), num_inference_steps=3).samples.shape == (2, 2)
+
+
+def test_works_in_inference_mode(tmp_path):
+    pipeline = vectors()
+    pipeline.save_pretrained(tmp_path)
+    expected = pipeline(3, generator(), num_inference_steps=4).samples
+    with torch.inference_mode():
+        loaded = _quiet(VSDMPipeline.from_pretrained(tmp_path))
+        assert np.array_equal(loaded(3, generator(), num_inference_steps=4).samples, expected)
+        loaded.scheduler.drift.set_lambda(3.0)
+        assert not np.array_equal(loaded(3, generator(), num_inference_steps=4).samples, expected)
+
+
+def _quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_given_latents_are_no_reason_to_warn():
+    pipeline = vectors()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline(2, latents=torch.randn(2, 2), num_inference_steps=2)
+
+
+def test_a_network_of_any_size_takes_its_shape_from_the_drift():
+    pipeline = images()
+    pipeline.unet.register_to_config(sample_size=None)
+    with pytest.raises(ValueError, match="sample_size"):
+        pipeline(1, num_inference_steps=1)
+    pipeline.scheduler.set_drift(AdaptiveDiagonalDrift((3, 16, 16)))
+    assert pipeline(1, num_inference_steps=1, output_type="np").images.shape == (1, 16, 16, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -110,11 +110,12 @@ def test_steps_obey_a5_and_the_clip():
         torch.testing.assert_close(drift.lam, before * torch.exp(output.step_size * output.gradient))
 
 
-def test_moments_that_are_not_finite_skip_the_update_and_are_counted():
+@pytest.mark.parametrize("factor", [float("nan"), 1e20])
+def test_moments_that_are_not_finite_skip_the_update_and_are_counted(factor):
     drift = AdaptiveDiagonalDrift((2,))
     approximation = StochasticApproximation(drift, G, num_trajectories=8)
     with pytest.warns(RuntimeWarning, match="not finite"):
-        output = approximation.update(lambda x, k: x * float("nan"))
+        output = approximation.update(lambda x, k: x * factor)
     assert output.skipped and approximation.num_skipped == 1
     assert drift.is_neutral and int(drift.num_updates) == 0
     assert not approximation.update(exact_score(drift)).skipped

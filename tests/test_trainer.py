@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 
-from diffusers_vsdm import VSDMPipeline
+from diffusers_vsdm import MLPModel, VSDMPipeline
 from diffusers_vsdm.trainer import TrainingConfig, loop, train
 from diffusers_vsdm.trainer.report import evaluate, write_report
 
@@ -63,6 +63,23 @@ def test_the_saved_lambda_is_the_one_the_network_was_last_trained_at(tmp_path, m
     assert result.lambdas.shape == (6, 2) and int(saved.num_updates) == 5
     # the averaged weights saw the frozen lambda alone
     assert averages == ([12] if use_ema else [])
+
+
+def test_straightness_is_measured_on_a_uniform_grid():
+    """An exact flow, sampled at every step or at every fourth (the last step is shorter): the same curvature."""
+    from .problems import DiagonalGaussian, scheduler_for
+
+    problem = DiagonalGaussian(*(torch.tensor(x).double() for x in ([1.0, 2.0], [4.0, 25.0], [0.7, 1.5])))
+    scheduler = scheduler_for(problem, prior_type="marginal")
+
+    class Exact(MLPModel):
+        def forward(self, sample, timestep, return_dict=True):
+            return (problem.eps(sample.double(), scheduler.integrated_beta[int(timestep)]).to(sample.dtype),)
+
+    pipeline = VSDMPipeline(Exact(2, 100, 4, 1), scheduler)
+    fine, coarse = (evaluate(pipeline, "gaussian", 500, steps)[0] for steps in (99, 25))
+    assert coarse["num_function_evaluations"] == 25 and fine["num_function_evaluations"] == 99
+    assert coarse["straightness"] == pytest.approx(fine["straightness"], rel=0.15)
 
 
 def test_baseline_keeps_lambda_at_one():
@@ -121,6 +138,10 @@ def test_a_loss_that_blows_up_is_reported():
         ({"frozen_fraction": 1.0}, "`frozen_fraction`"),
         ({"sa_stages": 60}, "`sa_stages`"),
         ({"train_batch_size": 3000}, "`train_batch_size`"),
+        ({"seed": -1}, "`seed`"),
+        ({"beta_max": 0.01}, "`beta_max`"),
+        ({"sa_step_power": 0.3}, "`sa_step_power`"),
+        ({"lr_scheduler": "foo"}, "`lr_scheduler`"),
     ],
 )
 def test_bad_settings_name_themselves(settings, message):

@@ -7,20 +7,26 @@ The output folder holds the pipeline, `metrics.json`, `samples.png`, `drift.png`
 
 import sys
 
+from accelerate import PartialState
 from transformers import HfArgumentParser
 
-from diffusers_vsdm.trainer import TrainingConfig, train
+from diffusers_vsdm.trainer import Trainer, TrainingConfig
 from diffusers_vsdm.trainer.report import write_report
 
 
 def main() -> None:
     """Parse the command line, train, and report on the main process."""
+    state = PartialState()
     try:
         (config,) = HfArgumentParser(TrainingConfig, description=__doc__).parse_args_into_dataclasses()
-        config.prepare_output_dir()
-    except (ValueError, FileExistsError) as error:
+        if state.is_main_process:
+            config.prepare_output_dir()
+        trainer = Trainer(config)
+    except (ValueError, OSError) as error:
         sys.exit(f"train_vsdm.py: {error}")
-    result = train(config)
+    result = trainer.train()
+    if not state.is_main_process:
+        return
     metrics = write_report(config, result)["metrics"]
     print(
         f"\n{config.dataset_name}: {result.seconds:.0f} s of training, {100 * metrics['sa_share']:.1f}% of it in"

@@ -3,6 +3,7 @@ r"""The learned linear drift of the forward process: $D = I - 2A = \mathrm{diag}
 import hashlib
 import json
 import math
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +20,7 @@ from .statistics import Statistics
 
 BASES = ("identity", "dct")
 AVERAGES = ("polyak", "ema")
+LAMBDA_RANGE = (1e-8, 1e8)  # a step cannot leave it: lambda stays positive in any precision
 
 
 class AdaptiveDiagonalDrift(Statistics):
@@ -145,7 +147,7 @@ class AdaptiveDiagonalDrift(Statistics):
             raise ValueError(f"`direction` has shape {tuple(direction.shape)}, lambda has {tuple(self.lam.shape)}.")
         if not torch.isfinite(direction).all() or not math.isfinite(step_size):
             raise ValueError("`direction` and `step_size` must be finite.")
-        self.lam.mul_(torch.exp(step_size * direction.detach().to(self.lam)))
+        self.lam.mul_(torch.exp(step_size * direction.detach().to(self.lam))).clamp_(*LAMBDA_RANGE)
         self.num_updates += 1
         power = self.config["averaging_power"]
         self.lam_polyak.lerp_(self.lam, (1 + power) / (int(self.num_updates) + power))
@@ -178,6 +180,12 @@ class AdaptiveDiagonalDrift(Statistics):
         data = self.basis().to_basis(data.detach().to("cpu", torch.float64))
         self.data_mean.copy_(data.mean(0))
         self.data_variance.copy_(data.var(0))
+
+    def version(self) -> Hashable:
+        """Something that changes whenever a tensor is changed in place, for those who keep what they computed."""
+        if any(b.is_inference() for b in self.buffers()):
+            return self.digest()  # such tensors are not counted
+        return tuple((id(b), b._version) for b in self.buffers())
 
     # The file that travels with a scheduler ------------------------------------------------------------------
 
@@ -212,6 +220,9 @@ class AdaptiveDiagonalDrift(Statistics):
             raise ValueError(
                 f"The drift file {path} is damaged or is not a drift ({error}). Download or save it again."
             ) from error
-        if not (torch.isfinite(drift.lam) & (drift.lam > 0)).all():
-            raise ValueError(f"The drift file {path} holds a lambda that is not positive and finite.")
+        positive = (drift.lam, drift.lam_polyak, drift.lam_ema)
+        if not all((b > 0).all() for b in positive) or not all(torch.isfinite(b).all() for b in drift.buffers()):
+            raise ValueError(
+                f"The drift file {path} holds values that are not finite, or a lambda that is not positive."
+            )
         return drift

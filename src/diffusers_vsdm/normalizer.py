@@ -50,7 +50,7 @@ class DataNormalizer(Statistics):
         if len(data) < 2 or not torch.isfinite(data).all():
             raise ValueError("`data` must hold at least two samples and neither NaN nor infinite values.")
         pooled = [0] + [dim + 1 for dim, (n, size) in enumerate(zip(shape, event_shape, strict=True)) if n != size]
-        std, mean = torch.std_mean(data.double(), pooled, keepdim=True)
+        std, mean = torch.std_mean(data.cpu().double(), pooled, keepdim=True)
         if not (std > 0).all():
             raise ValueError("`data` has a dimension that does not vary: drop it, or pool it with others by `shape`.")
         normalizer = cls(shape)
@@ -60,7 +60,7 @@ class DataNormalizer(Statistics):
 
     def normalize(self, data: Tensor) -> Tensor:
         """Data units to model units, shape `(n, *event_shape)`; computed in float32 at least, of `data`'s type."""
-        return ((data - self.mean) / self.std).to(data.dtype)
+        return ((data - self.mean) / self.std).to(data.dtype if data.is_floating_point() else self.mean.dtype)
 
     def denormalize(self, samples: Tensor) -> Tensor:
         """Model units to data units; half precision samples come back in float32."""

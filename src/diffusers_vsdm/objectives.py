@@ -55,6 +55,11 @@ def denoising_score_matching(
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"`weighting` must be one of {tuple(WEIGHTINGS)}, got {weighting!r}.")
+    if not model_output.shape == sample.shape == noise.shape:
+        raise ValueError(
+            f"`model_output` {tuple(model_output.shape)}, `sample` {tuple(sample.shape)} and `noise`"
+            f" {tuple(noise.shape)} must have one shape."
+        )
     network = PARAMETERIZATIONS[scheduler.config["prediction_type"]]
     a, s = scheduler.marginal_scales(sample, timesteps)
     basis = scheduler.basis(s)

@@ -167,13 +167,13 @@ class StochasticApproximation:
         mine = range(process_index, self.num_trajectories, num_processes)
         total = torch.zeros((2, *self.drift.lam.shape), dtype=torch.float64)
         for start in range(0, len(mine), self.batch_size):
-            total += self._simulate(score, mine[start : start + self.batch_size], torch.device(device)).cpu()
+            total += self._simulate(score, mine[start : start + self.batch_size], torch.device(device))
         score_x, x_x = reduce_sum(total) / self.num_trajectories
 
         lam = self.drift.lam
+        skipped = not bool(torch.isfinite(torch.stack([score_x, x_x])).all())
         gradient = GRADIENTS[self.zeta_placement](score_x, x_x, (1 - lam) / 2, self.zeta).clamp(-self.clip, self.clip)
         eta = self.step_size(int(self.drift.num_updates) + 1)
-        skipped = not bool(torch.isfinite(gradient).all())
         if skipped:
             self.num_skipped += 1
             warnings.warn(
@@ -203,7 +203,7 @@ class StochasticApproximation:
             moments = torch.stack([score_x * x, x * x])
             total += dg * (moments.mean(shared, keepdim=True) if shared else moments).sum(1)
             x = x - dg * process.sde_drift(lam, x, score_x) + dg**0.5 * xi
-        return total.double() / sum(steps)
+        return total.cpu().double() / sum(steps)
 
     def _noise(self, trajectory: int) -> Tensor:
         """Normal numbers of one trajectory: its start and every step, shape `(num_steps + 1, *event_shape)`."""

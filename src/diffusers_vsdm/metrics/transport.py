@@ -26,7 +26,7 @@ def straightness(trajectory: Tensor, step: float) -> Tensor:
         )
     if not step > 0:
         raise ValueError(f"`step` must be positive, got {step}.")
-    return torch.diff(trajectory.double(), n=2, dim=0).abs().mean((0, 1)) / step**2
+    return torch.diff(trajectory.cpu().double(), n=2, dim=0).abs().mean((0, 1)) / step**2
 
 
 def wasserstein2(samples: Tensor, reference: Tensor, standardize: bool = False) -> float:
@@ -36,9 +36,11 @@ def wasserstein2(samples: Tensor, reference: Tensor, standardize: bool = False) 
         samples, reference (`Tensor`): Points `(n, d)` and `(m, d)`; a few thousand take seconds.
         standardize (`bool`, defaults to `False`): Divide every axis by the reference's standard deviation first.
     """
-    import ot
-
-    x, y = (points.double().flatten(1).cpu() for points in (samples, reference))
+    try:
+        import ot
+    except ImportError as error:
+        raise ImportError("The Wasserstein distance needs POT: pip install diffusers-vsdm[transport]") from error
+    x, y = (points.cpu().double().flatten(1) for points in (samples, reference))
     if x.shape[1] != y.shape[1] or not len(x) or not len(y):
         raise ValueError(f"`samples` {tuple(samples.shape)} and `reference` {tuple(reference.shape)} do not match.")
     if not (torch.isfinite(x).all() and torch.isfinite(y).all()):

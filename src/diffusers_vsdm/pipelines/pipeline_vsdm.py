@@ -57,7 +57,7 @@ class VSDMPipeline(DiffusionPipeline):
         super().__init__()
         if not isinstance(scheduler, VSDMScheduler) and scheduler.config.get("drift_sha256") is not None:
             raise ValueError(
-                f"`scheduler` is a {type(scheduler).__name__} whose configuration belongs to a learned drift, which"
+                f"`scheduler` is a {type(scheduler).__name__} whose configuration belongs to a drift, which"
                 " that class cannot use: the network and its noise levels would not match. Use"
                 " `VSDMScheduler.from_config(pipe.scheduler.config, solver=...)`."
             )
@@ -72,6 +72,11 @@ class VSDMPipeline(DiffusionPipeline):
     def event_shape(self) -> tuple[int, ...]:
         """Shape of one sample: `(d,)` or `(channels, height, width)`."""
         size = self.unet.config.get("sample_size")
+        if size is None and "sample_size" in self.unet.config:
+            drift = getattr(self.scheduler, "drift", None)
+            if drift is None:
+                raise ValueError("The network's `sample_size` is None: set it, or pass a scheduler with a drift.")
+            return drift.event_shape
         spatial = () if size is None else (size, size) if isinstance(size, int) else tuple(size)
         return (self.unet.config["in_channels"], *spatial)
 
@@ -137,10 +142,14 @@ class VSDMPipeline(DiffusionPipeline):
                 raise ValueError("Pass at most one of `num_inference_steps` and `timesteps`.")
             self.scheduler.set_timesteps(timesteps=timesteps, device=device)
         else:
-            self.scheduler.set_timesteps(num_inference_steps or self._default_num_steps(), device=device)
-        latents = (
-            self._first_sample(shape, generator, device) if latents is None else latents.to(device, self.unet.dtype)
-        )
+            if num_inference_steps is None:
+                num_inference_steps = self._default_num_steps()
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        if latents is None:
+            latents = self._first_sample(shape, generator, device)
+        else:
+            latents = latents.to(device, self.unet.dtype)
+            _ = self.scheduler.init_noise_sigma  # the prior was the caller's choice
 
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if takes_generator else {}

@@ -10,6 +10,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from ..drift import AdaptiveDiagonalDrift
 
@@ -78,8 +79,11 @@ class DriftOwner(SchedulerMixin, ConfigMixin):
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write the configuration and, beside it, the drift."""
         _ = self.config  # brings the digest up to date
-        if self._drift is not None:
-            self._drift.save_file(Path(save_directory) / DRIFT_FOLDER / DRIFT_FILE)
+        path = Path(save_directory) / DRIFT_FOLDER / DRIFT_FILE
+        if self._drift is None:
+            path.unlink(missing_ok=True)  # of an earlier save
+        else:
+            self._drift.save_file(path)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
@@ -119,7 +123,10 @@ class DriftOwner(SchedulerMixin, ConfigMixin):
             path = (inner if (inner / SCHEDULER_CONFIG_NAME).is_file() else folder) / DRIFT_FOLDER / DRIFT_FILE
         else:
             nested = "/".join(part for part in (subfolder, DRIFT_FOLDER) if part)
-            path = Path(hf_hub_download(source, filename=DRIFT_FILE, subfolder=nested, **hub_kwargs))
+            try:
+                path = Path(hf_hub_download(source, filename=DRIFT_FILE, subfolder=nested, **hub_kwargs))
+            except EntryNotFoundError:
+                path = Path(source) / nested / DRIFT_FILE
         if not path.is_file():
             raise FileNotFoundError(
                 f"The scheduler's configuration names a learned drift, but {path} is missing. Copy the whole"
@@ -136,7 +143,7 @@ class DriftOwner(SchedulerMixin, ConfigMixin):
     def _cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """`make()`, kept until the drift changes."""
         drift = self._drift
-        version = None if drift is None else tuple((id(b), b._version) for b in drift.buffers())
+        version = None if drift is None else drift.version()
         if self._caches.get("version", ()) != version:
             self._caches = {"version": version}
         if key not in self._caches:

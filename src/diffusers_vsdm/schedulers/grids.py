@@ -47,7 +47,7 @@ def inference_grid(num_steps: int, num_train: int, spacing: str, offset: int, to
     return times
 
 
-def custom_grid(timesteps: list[int], num_train: int, to_data: bool) -> np.ndarray:
+def custom_grid(timesteps: np.ndarray, num_train: int, to_data: bool) -> np.ndarray:
     """As [`inference_grid`], for times that the user gives.
 
     Raises:
@@ -55,11 +55,13 @@ def custom_grid(timesteps: list[int], num_train: int, to_data: bool) -> np.ndarr
     """
     if len(timesteps) == 0:
         raise ValueError("`timesteps` is empty: give at least one training timestep.")
-    if any(float(k) != int(k) for k in timesteps):
-        raise ValueError(f"`timesteps` must be whole training timesteps, got {list(timesteps)}.")
-    grid = np.append(np.asarray(timesteps, dtype=np.int64), -1 if to_data else 0)
+    if timesteps.ndim != 1 or (timesteps != np.floor(timesteps)).any():
+        raise ValueError(f"`timesteps` must be a list of whole training timesteps, got {timesteps.tolist()}.")
+    grid = np.append(timesteps.astype(np.int64), -1 if to_data else 0)
     if (np.diff(grid) >= 0).any():
-        raise ValueError(f"`timesteps` must be in descending order and end above {grid[-1]}, got {list(timesteps)}.")
+        raise ValueError(
+            f"`timesteps` must be in descending order and end above {grid[-1]}, got {timesteps.tolist()}."
+        )
     if grid[0] >= num_train:
-        raise ValueError(f"`timesteps` must lie below the {num_train} training timesteps, got {list(timesteps)}.")
+        raise ValueError(f"`timesteps` must lie below the {num_train} training timesteps, got {timesteps.tolist()}.")
     return grid

@@ -30,7 +30,8 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "la
 # the "log" spellings of Diffusers mean the same standard deviation
 FIXED_LARGE = ("fixed_large", "fixed_large_log")
 LEARNED = ("learned", "learned_range")
-VARIANCE_TYPES = ("fixed_small", "fixed_small_log", *FIXED_LARGE, *LEARNED)
+# None is what other classes save that have no such choice
+VARIANCE_TYPES = (None, "fixed_small", "fixed_small_log", *FIXED_LARGE, *LEARNED)
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -72,14 +73,15 @@ class VSDMScheduler(DriftOwner):
             betas, as in `DDPMScheduler`; it fixes $g_k = -\log \bar\alpha_k$. See also [`from_power_law`].
         variance_type (`str`, defaults to `"fixed_small"`): Variance of the `ddpm` solver's noise.
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: Clipping of the
-            predicted data, as in `DDPMScheduler`.
+            predicted data, as in `DDPMScheduler`; solvers that step by the predicted noise alone (`euler`, `heun`,
+            `euler-maruyama`) are not changed by it.
         prediction_type (`str`, defaults to `"epsilon"`): `epsilon`, `sample`, `score` or `v_prediction`
             ($v = a \epsilon - s x_0$).
         timestep_spacing, steps_offset: As in `DDPMScheduler`.
         solver (`str`, defaults to `"ddpm"`): Key of [`SOLVERS`]. It is never inferred from a foreign configuration.
         prior_type (`str`, defaults to `"conditional"`): Law of the first sample: `"conditional"` $N(0, s_T^2)$, the
             law of $x_T$ given $x_0 = 0$, or `"marginal"` $N(a_T m, a_T^2 v + s_T^2)$ with the drift's moments of the
-            data.
+            data. Without a drift it is N(0, I), as for stock schedulers.
         final_sigmas_type (`str`, defaults to `"zero"`): Whether sampling ends at the data (`"zero"`) or at the first
             training time (`"sigma_min"`).
         drift_sha256 (`str`, *optional*): Digest of the drift that belongs to this configuration; written by the
@@ -100,7 +102,7 @@ class VSDMScheduler(DriftOwner):
         beta_end: float = 0.02,
         beta_schedule: str = "linear",
         trained_betas: np.ndarray | list[float] | None = None,
-        variance_type: str = "fixed_small",
+        variance_type: str | None = "fixed_small",
         clip_sample: bool = True,
         prediction_type: str = "epsilon",
         thresholding: bool = False,
@@ -177,7 +179,8 @@ class VSDMScheduler(DriftOwner):
             beta_min, beta_max (`float`): Rates per unit of time, 0 < beta_min <= beta_max.
             power (`float`, defaults to 1.7): The exponent r, not negative.
             num_train_timesteps (`int`, defaults to 100): Training times N.
-            kwargs: Other arguments of the class.
+            kwargs: Other arguments of the class. Here `clip_sample` defaults to False and `timestep_spacing` to
+                `"trailing"`, which starts at t = 1 whatever the number of steps.
         """
         if not 0 < beta_min <= beta_max or not power >= 0:
             raise ValueError(
@@ -187,7 +190,8 @@ class VSDMScheduler(DriftOwner):
         t = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
         g = process.power_law_integrated_beta(t, beta_min, beta_max, power)
         betas = process.discrete_betas(g).tolist()
-        return cls(num_train_timesteps=num_train_timesteps, trained_betas=betas, **kwargs)
+        settings = {"clip_sample": False, "timestep_spacing": "trailing"} | kwargs
+        return cls(num_train_timesteps=num_train_timesteps, trained_betas=betas, **settings)
 
     # State ---------------------------------------------------------------------------------------------------
 
@@ -222,11 +226,11 @@ class VSDMScheduler(DriftOwner):
         std = self._prior_moments()[1]
         if self._drift.config["basis"] != "identity":
             std = std.square().mean().sqrt()  # a pipeline multiplies pixels
-        return std.float()
+        return std.to(self.timesteps.device, torch.float32)
 
     @property
     def step_index(self) -> int | None:
-        """Index of the next step in `timesteps`, counted from the begin index; None before the first."""
+        """Index in `timesteps` of the next call; None before the first."""
         return self._step_index
 
     @property
@@ -235,10 +239,16 @@ class VSDMScheduler(DriftOwner):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start at this index of `timesteps` and count from there, instead of looking every timestep up."""
-        if not 0 <= begin_index < len(self.timesteps):
-            raise ValueError(f"`begin_index` must lie in [0, {len(self.timesteps)}), got {begin_index}.")
+        """Start at this index of `timesteps` and count from there, instead of looking every timestep up.
+
+        Raises:
+            ValueError: No step starts there: it is past the end, or in the middle of a step with several calls.
+        """
+        starts = range(0, len(self.timesteps), self.order)
+        if begin_index not in starts:
+            raise ValueError(f"`begin_index` must be where a step starts, in {starts}, got {begin_index}.")
         self._begin_index = begin_index
+        self._step_index = self._held = None
 
     def set_timesteps(
         self,
@@ -257,7 +267,7 @@ class VSDMScheduler(DriftOwner):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Pass exactly one of `num_inference_steps` and `timesteps`.")
         if num_inference_steps is None:
-            grid = custom_grid(list(timesteps or ()), len(self), self._to_data)
+            grid = custom_grid(np.asarray(timesteps), len(self), self._to_data)
         else:
             config = self._internal_dict
             grid = inference_grid(
@@ -273,6 +283,7 @@ class VSDMScheduler(DriftOwner):
         self.timesteps = torch.from_numpy(visited).to(device)
         # the last position of a repeated time is where a step starts
         self._positions = {int(k): i for i, k in enumerate(visited)}
+        self._visited = visited.tolist()
         self._step_index = None
         self._begin_index = None
         self._held = None
@@ -283,10 +294,10 @@ class VSDMScheduler(DriftOwner):
     def index_for_timestep(self, timestep: int | Tensor) -> int:
         """Position in `timesteps` at which a step from `timestep` starts."""
         k = int(timestep)
-        if k not in self._positions:
+        if k not in self._positions or k != float(timestep):
             raise ValueError(
-                f"`timestep` {k} is not one of this run's timesteps, which go from {int(self.timesteps[0])} to"
-                f" {int(self.timesteps[-1])}: take it from `scheduler.timesteps`, or call `set_timesteps` first."
+                f"`timestep` {float(timestep):g} is not one of this run's timesteps, which go from {self._visited[0]} to"
+                f" {self._visited[-1]}: take it from `scheduler.timesteps`, or call `set_timesteps` first."
             )
         return self._positions[k]
 
@@ -307,6 +318,11 @@ class VSDMScheduler(DriftOwner):
                 f"`step` was called more often than the {len(self.timesteps)} times of this run: call `set_timesteps`"
                 " before the next one."
             )
+        expected = self._visited[self._step_index]
+        # a look at a tensor elsewhere would wait for the device
+        on_host = not isinstance(timestep, Tensor) or timestep.device.type == "cpu"
+        if on_host and float(timestep) != expected:
+            raise ValueError(f"`timestep` {float(timestep):g} is out of turn: the next one of this run is {expected}.")
         return self._step_index
 
     def _coefficients(self) -> tuple[Tensor, Tensor, Coefficients, tuple[Tensor, Tensor]]:
@@ -335,8 +351,10 @@ class VSDMScheduler(DriftOwner):
                 terms["noise"] = large.sqrt()
             needed = [s, *(table for table in terms.values() if table is not None)]
             defined = torch.stack([torch.isfinite(table).reshape(len(a), -1).all(1) for table in needed]).all(0)
-            if self._internal_dict["prediction_type"] in ("epsilon", "score"):
-                defined = defined & (a != 0).reshape(len(a), -1).all(1)
+            if self._internal_dict["prediction_type"] in ("epsilon", "score") and terms["x0"] is not None:
+                # the data is (x - s eps) / a: leave room for a network's error in the working precision
+                smallest = 1e6 * torch.finfo(dtype).tiny
+                defined = defined & (a > smallest).reshape(len(a), -1).all(1)
             return _Rows(
                 is_defined=defined.tolist(),
                 a=place(a),
@@ -357,7 +375,7 @@ class VSDMScheduler(DriftOwner):
             a, s = process.mean_scale(lam, g), process.std(lam, g)
             return a.to(like.device, dtype), s.to(like.device, dtype)
 
-        timesteps = torch.as_tensor(timesteps, device=like.device).reshape(-1)
+        timesteps = torch.as_tensor(timesteps).reshape(-1)
         if timesteps.is_floating_point() or timesteps.numel() not in (1, len(like)):
             raise ValueError(
                 f"`timesteps` must be integer training steps, one or one for each of {len(like)} samples, got"
@@ -365,6 +383,7 @@ class VSDMScheduler(DriftOwner):
             )
         if timesteps.device.type == "cpu" and not ((timesteps >= 0) & (timesteps < len(self))).all():
             raise ValueError(f"`timesteps` must lie in [0, {len(self)}), got {timesteps.tolist()}.")
+        timesteps = timesteps.to(like.device)
         tables = self._cached(("marginal", like.device, like.dtype), make)
         shape = [-1, *[1] * (like.ndim - 1)] if tables[0].ndim == 1 else [-1, *tables[0].shape[1:]]
         return tables[0][timesteps].reshape(shape), tables[1][timesteps].reshape(shape)
@@ -408,7 +427,15 @@ class VSDMScheduler(DriftOwner):
         Args:
             original_samples, noise (`Tensor`): Data and standard normal noise, `(batch, *event_shape)`.
             timesteps (`Tensor`): Integer training steps, `(batch,)`.
+
+        Raises:
+            ValueError: The shapes disagree, or a timestep lies outside the table.
         """
+        if noise.shape != original_samples.shape:
+            raise ValueError(
+                f"`noise` of shape {tuple(noise.shape)} and `original_samples` of shape"
+                f" {tuple(original_samples.shape)} must agree."
+            )
         a, s = self.marginal_scales(original_samples, timesteps)
         basis = self.basis(s)
         x0, eps = (basis.to_basis(x.to(s.dtype)) for x in (original_samples, noise))
@@ -428,6 +455,8 @@ class VSDMScheduler(DriftOwner):
             model_output, sample (`Tensor`): The network's output and its input $x_t$, `(batch, *event_shape)`.
             timesteps (`Tensor` or `int`): Integer training steps, `(batch,)` or one for all.
         """
+        if self._internal_dict["variance_type"] in LEARNED and model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output[:, : sample.shape[1]]
         a, s = self.marginal_scales(sample, timesteps)
         basis = self.basis(s)
         output, x = (basis.to_basis(x.to(s.dtype)) for x in (model_output, sample))
@@ -441,10 +470,13 @@ class VSDMScheduler(DriftOwner):
         lam = self._lam()
         g = self.integrated_beta[int(self._grid[0])]
         drift = self._drift
-        if self._internal_dict["prior_type"] == "marginal" and drift is not None:
+        if self._internal_dict["prior_type"] == "marginal":
+            if drift is None:
+                raise ValueError("`prior_type` 'marginal' needs a drift with the data's moments: see `set_drift`.")
             mean, variance = process.marginal_moments(lam, g, drift.data_mean, drift.data_variance)
             return mean, variance.sqrt()
-        s = process.std(lam, g)
+        # without a drift N(0, I), where stock schedulers start
+        s = torch.ones_like(lam) if drift is None else process.std(lam, g)
         return torch.zeros_like(s), s
 
     def sample_prior(

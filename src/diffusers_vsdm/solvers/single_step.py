@@ -9,7 +9,8 @@ References:
     Karras et al. (2022), "Elucidating the Design Space of Diffusion-Based Generative Models", Algorithm 1.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,16 +50,24 @@ def ddim(lam: Tensor, g: Tensor, g_next: Tensor) -> Coefficients:
 
 def euler(lam: Tensor, g: Tensor, g_next: Tensor) -> Coefficients:
     """Euler's method for the probability flow (Eq. 18) in the clock g."""
-    dg = g - g_next
-    return Coefficients(sample=1 + 0.5 * lam * dg, eps=-0.5 * dg / process.std(lam, g))
+    return _explicit_step(process.ode_drift, lam, g, g_next)
 
 
 def euler_maruyama(lam: Tensor, g: Tensor, g_next: Tensor) -> Coefficients:
     """The Euler-Maruyama method for the backward SDE (Eq. 22, corrected) in the clock g."""
-    dg = g - g_next
-    return Coefficients(
-        sample=1 + 0.5 * lam * dg, eps=-dg / process.std(lam, g), noise=torch.ones_like(lam) * dg.sqrt()
-    )
+    # the step to the data itself adds no noise to it
+    noise = torch.ones_like(lam) * torch.where(g_next > 0, g - g_next, 0.0).sqrt()
+    return replace(_explicit_step(process.sde_drift, lam, g, g_next), noise=noise)
+
+
+def _explicit_step(
+    drift: Callable[[Tensor, Tensor, Tensor], Tensor], lam: Tensor, g: Tensor, g_next: Tensor
+) -> Coefficients:
+    """`x - dg * drift(x)` for a drift that is linear in the sample and in the score."""
+    one = torch.ones_like(lam * g)
+    on_sample = drift(lam, one, torch.zeros_like(one))
+    on_eps = drift(lam, torch.zeros_like(one), process.conditional_score(one, process.std(lam, g)))
+    return Coefficients(sample=1 - (g - g_next) * on_sample, eps=-(g - g_next) * on_eps)
 
 
 def heun(lam: Tensor, g: Tensor, g_next: Tensor) -> Coefficients:

@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffusers.optimization import SchedulerType
+
 from ..data import TOYS
 from ..drift import AVERAGES
 from ..objectives import WEIGHTINGS
@@ -58,7 +60,9 @@ class TrainingConfig:
     train_batch_size: int = _setting(512, "Samples in a batch, per process.")
     gradient_accumulation_steps: int = _setting(1, "Batches whose gradients are added up for a step.")
     learning_rate: float = _setting(2e-3, "Peak learning rate of AdamW.")
-    lr_scheduler: str = _setting("cosine", "Learning-rate schedule, a name that Diffusers' `get_scheduler` knows.")
+    lr_scheduler: str = _setting(
+        "cosine", "Learning-rate schedule, as in Diffusers.", [s.value for s in SchedulerType]
+    )
     lr_warmup_steps: int = _setting(200, "Steps over which the learning rate rises.")
     adam_weight_decay: float = _setting(1e-6, "Weight decay of AdamW.")
     max_grad_norm: float = _setting(1.0, "Largest norm of the gradient.")
@@ -80,7 +84,7 @@ class TrainingConfig:
 
     # evaluation and logging
     num_eval_samples: int = _setting(3000, "Samples for the metrics; 0 for no evaluation.")
-    num_eval_steps: int = _setting(99, "Euler steps of the probability flow for the metrics.")
+    num_eval_steps: int = _setting(99, "Euler steps, at most, of the probability flow for the metrics.")
     mixed_precision: str = _setting("no", "Precision of training, as in Accelerate.", ("no", "fp16", "bf16"))
     logger: str = _setting("none", "Where to log while training.", ("none", "tensorboard", "wandb"))
     logging_steps: int = _setting(50, "Steps between two log entries.")
@@ -106,6 +110,12 @@ class TrainingConfig:
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        if self.seed < 0:
+            raise ValueError(f"`seed` must not be negative, got {self.seed}.")
+        if self.beta_schedule == POWER_LAW and not self.beta_min <= self.beta_max:
+            raise ValueError(f"`beta_max` {self.beta_max} must not be below `beta_min` {self.beta_min}.")
+        if not 0.5 < self.sa_step_power <= 1:
+            raise ValueError(f"`sa_step_power` must lie in (0.5, 1], got {self.sa_step_power}.")
         if not 0 < self.zeta <= 1:
             raise ValueError(f"`zeta` must lie in (0, 1], got {self.zeta}.")
         if not 0 <= self.frozen_fraction < 1:
@@ -124,7 +134,7 @@ class TrainingConfig:
     @property
     def adaptive_steps(self) -> int:
         """Gradient steps before lambda is frozen."""
-        return self.max_train_steps - int(self.frozen_fraction * self.max_train_steps)
+        return self.max_train_steps - max(1, int(self.frozen_fraction * self.max_train_steps))
 
     @property
     def stage_steps(self) -> frozenset[int]:

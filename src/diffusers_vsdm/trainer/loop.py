@@ -86,6 +86,7 @@ def build_scheduler(config: TrainingConfig, data: Tensor) -> tuple[VSDMScheduler
         "prior_type": config.prior_type,
         "solver": config.solver,
         "clip_sample": False,
+        "timestep_spacing": "trailing",
     }
     if config.beta_schedule == POWER_LAW:
         scheduler = VSDMScheduler.from_power_law(

@@ -1,6 +1,7 @@
 """The output of a run: pipeline, metrics.json, samples.png, drift.png and the model card."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,28 +31,28 @@ import matplotlib.pyplot as plt  # noqa: E402
 EVALUATION_SEED = 1_000_003
 
 
-def flow_paths(pipeline: VSDMPipeline, num_samples: int, num_steps: int, seed: int = EVALUATION_SEED) -> Tensor:
+def flow_paths(
+    pipeline: VSDMPipeline, num_samples: int, num_steps: int, seed: int = EVALUATION_SEED
+) -> tuple[Tensor, list[int]]:
     """Euler paths of the probability flow, from the prior to the first training time, in data units.
 
     Args:
         pipeline: A pipeline for vectors; it is left as it is.
         num_samples: Number of paths.
-        num_steps: Steps, a divisor of N - 1 for a uniform grid.
+        num_steps: Steps at most. The grid is uniform, but for a last step that may be shorter.
         seed: Of the prior's draw.
 
     Returns:
-        `(num_steps + 1, num_samples, d)`.
+        The paths `(num_times, num_samples, d)`, and their training times, falling to 0.
     """
-    scheduler = VSDMScheduler.from_config(
-        pipeline.scheduler.config, solver="euler", final_sigmas_type="sigma_min", timestep_spacing="linspace"
-    )
+    num_train = pipeline.scheduler.config["num_train_timesteps"]
+    timesteps = list(range(num_train - 1, 0, -math.ceil((num_train - 1) / num_steps)))
+    scheduler = VSDMScheduler.from_config(pipeline.scheduler.config, solver="euler", final_sigmas_type="sigma_min")
     sampler = VSDMPipeline(pipeline.unet, scheduler, pipeline.normalizer)
     sampler.set_progress_bar_config(disable=True)
     generator = torch.Generator(pipeline.unet.device).manual_seed(seed)
-    _, paths = sampler(
-        num_samples, generator, num_inference_steps=num_steps, return_trajectory=True, return_dict=False
-    )
-    return paths.cpu()
+    _, paths = sampler(num_samples, generator, timesteps=timesteps, return_trajectory=True, return_dict=False)
+    return paths.cpu(), [*timesteps, 0]
 
 
 def evaluate(
@@ -60,19 +61,21 @@ def evaluate(
     """Straightness in data units and the 2-Wasserstein distance on standardised axes, with its floor.
 
     Returns:
-        The metrics and the paths they were measured on, `(num_steps + 1, num_samples, d)`.
+        The metrics and the paths they were measured on, `(num_times, num_samples, d)`.
     """
-    paths = flow_paths(pipeline, num_samples, num_steps)
+    paths, times = flow_paths(pipeline, num_samples, num_steps)
+    stride = times[0] - times[1]
+    uniform = len(times) if times[-2] - times[-1] == stride else len(times) - 1
     reference, other = (
         sample_toy(dataset_name, num_samples, torch.Generator().manual_seed(EVALUATION_SEED + i)) for i in (1, 2)
     )
     num_train = pipeline.scheduler.config["num_train_timesteps"]
     return {
-        "straightness": straightness(paths, (num_train - 1) / num_train / num_steps).tolist(),
+        "straightness": straightness(paths[:uniform], stride / num_train).tolist(),
         "w2_standardized": wasserstein2(paths[-1], reference, standardize=True),
         "w2_floor": wasserstein2(other, reference, standardize=True),
         "num_samples": num_samples,
-        "num_function_evaluations": num_steps,
+        "num_function_evaluations": len(times) - 1,
     }, paths
 
 
@@ -94,8 +97,9 @@ def write_report(config: TrainingConfig, result: TrainingResult) -> dict[str, An
     }
     pictures = {"drift.png": _plot_drift(result.lambdas * scale, scheduler.drift.lam * scale, scale)}
     if config.num_eval_samples:
-        steps = min(config.num_eval_steps, config.ddpm_num_steps - 1)
-        evaluation, paths = evaluate(result.pipeline, config.dataset_name, config.num_eval_samples, steps)
+        evaluation, paths = evaluate(
+            result.pipeline, config.dataset_name, config.num_eval_samples, config.num_eval_steps
+        )
         metrics |= evaluation
         data = sample_toy(
             config.dataset_name, config.num_eval_samples, torch.Generator().manual_seed(EVALUATION_SEED + 3)

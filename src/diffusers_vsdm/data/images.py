@@ -1,0 +1,137 @@
+"""Images from the Hub or from a folder, as tensors in [-1, 1].
+
+A name on the Hub and a local folder, of parquet files or of images, go the same way, through the `datasets` library.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+# the columns that image data sets on the Hub use, first come, first served
+IMAGE_COLUMNS = ("image", "img", "images", "pixel_values")
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+class ImageDataset(Dataset):
+    """Images decoded on access, resized and cropped to one shape.
+
+    Args:
+        rows: A `datasets.Dataset`, or any sequence of dictionaries.
+        column (`str`): The column that holds the images: PIL images, or arrays `(H, W)` or `(H, W, C)` of 8 bits.
+        channels (`int`): Channels C. PIL images are converted for 1, 3 and 4; arrays must have as many.
+        resolution (`int`, *optional*): Height and width: the shorter side is resized to it, the longer one cropped
+            about its centre. Defaults to the size of the first image, which the others must then have too.
+
+    Attributes:
+        event_shape: `(C, H, W)`.
+    """
+
+    def __init__(self, rows: Any, column: str, channels: int = 3, resolution: int | None = None):
+        self.rows, self.column, self.channels, self.resolution = rows, column, channels, resolution
+        self.event_shape: tuple[int, ...] = ()
+        self.event_shape = tuple(self[0].shape)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """One image, `(C, H, W)` in [-1, 1].
+
+        Raises:
+            ValueError: It cannot be decoded, or its size or number of channels is not that of the others.
+        """
+        try:
+            array = self._array(self.rows[index][self.column])
+        except (OSError, SyntaxError) as error:  # what PIL raises for files that are cut short
+            raise ValueError(f"Image {index} of {self.column!r} is damaged ({error}): remove it.") from error
+        except _Mismatch as error:
+            raise ValueError(f"Image {index} of column {self.column!r} {error}") from error
+        if self.event_shape and array.shape[-2:] != self.event_shape[-2:]:
+            raise ValueError(
+                f"Image {index} is {array.shape[1]} x {array.shape[2]}, others are {self.event_shape[1]} x"
+                f" {self.event_shape[2]}: give a `resolution` to resize them to."
+            )
+        return torch.from_numpy(array).float() / 127.5 - 1
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        """Several images, `(n, C, H, W)`."""
+        return torch.stack([self[index] for index in indices])
+
+    def _array(self, image: Any) -> np.ndarray:
+        """8-bit array `(C, H, W)` of a column's entry."""
+        if not isinstance(image, Image.Image):
+            array = np.asarray(image)
+            array = array[:, :, None] if array.ndim == 2 else array
+            if array.ndim != 3 or array.dtype != np.uint8 or array.shape[2] != self.channels:
+                raise _Mismatch(
+                    f"is an array {array.shape} of {array.dtype}: (height, width, {self.channels}) of uint8 is needed."
+                )
+            if self.resolution and array.shape[:2] != (self.resolution, self.resolution):
+                raise _Mismatch(f"is an array of {array.shape[0]} x {array.shape[1]}: only pictures are resized.")
+            return np.ascontiguousarray(array.transpose(2, 0, 1))
+        if self.channels not in MODES:
+            raise _Mismatch(f"is a picture, which has {' or '.join(map(str, MODES))} channels, not {self.channels}.")
+        image = image.convert(MODES[self.channels])
+        if self.resolution:
+            scale = self.resolution / min(image.size)
+            width, height = (max(self.resolution, round(side * scale)) for side in image.size)
+            image = (
+                image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BILINEAR)
+            )
+            left, top = (width - self.resolution) // 2, (height - self.resolution) // 2
+            image = image.crop((left, top, left + self.resolution, top + self.resolution))
+        array = np.array(image)
+        return np.ascontiguousarray(np.atleast_3d(array).transpose(2, 0, 1))
+
+
+class _Mismatch(Exception):
+    """An image that is not as the others."""
+
+
+def load_images(
+    name_or_folder: str,
+    column: str | None = None,
+    channels: int = 3,
+    resolution: int | None = None,
+    max_samples: int | None = None,
+    config_name: str | None = None,
+) -> ImageDataset:
+    """The training split of an image data set.
+
+    Args:
+        name_or_folder (`str`): A name on the Hub, or a folder of parquet files or images.
+        column (`str`, *optional*): The column with the images. Defaults to one of [`IMAGE_COLUMNS`] that is there.
+        channels, resolution: See [`ImageDataset`].
+        max_samples (`int`, *optional*): Take only so many, the first.
+        config_name (`str`, *optional*): Configuration of a data set on the Hub.
+
+    Raises:
+        ValueError: There is no such data set or column; the message lists what there is.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    if Path(name_or_folder).is_file():
+        raise ValueError(f"{name_or_folder!r} is a file: give the folder that holds the images or parquet files.")
+    try:
+        rows = load_dataset(name_or_folder, config_name, split="train")
+    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError) as error:
+        raise ValueError(
+            f"The data set {name_or_folder!r} could not be loaded ({error}): give a name on the Hub, or a folder of"
+            " images or parquet files that exists."
+        ) from error
+    known = [c for c in rows.column_names if c in ((column,) if column else IMAGE_COLUMNS)]
+    if not known:
+        raise ValueError(
+            f"`image_column` {column or 'is not given and none'} is among the columns of {name_or_folder!r}:"
+            f" {rows.column_names}. Name one of them."
+        )
+    if max_samples is not None:
+        rows = rows.select(range(min(max_samples, len(rows))))
+    return ImageDataset(rows.select_columns(known[0]), known[0], channels, resolution)

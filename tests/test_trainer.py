@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 
 from diffusers_vsdm import MLPModel, VSDMPipeline
-from diffusers_vsdm.trainer import TrainingConfig, loop, train
+from diffusers_vsdm.trainer import TrainingConfig, loop, setup, train
 from diffusers_vsdm.trainer.report import evaluate, write_report
 
 
@@ -131,13 +131,12 @@ def test_a_loss_that_blows_up_is_reported():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"dataset_name": "mnist"}, "`dataset_name` must be one of"),
         ({"solver": "magic"}, "`solver`"),
         ({"zeta": 0.0}, "`zeta`"),
         ({"max_train_steps": 0}, "`max_train_steps`"),
         ({"frozen_fraction": 1.0}, "`frozen_fraction`"),
         ({"sa_stages": 60}, "`sa_stages`"),
-        ({"train_batch_size": 3000}, "`train_batch_size`"),
+        ({"basis": "dct"}, "`basis`"),
         ({"seed": -1}, "`seed`"),
         ({"beta_max": 0.01}, "`beta_max`"),
         ({"sa_step_power": 0.3}, "`sa_step_power`"),
@@ -149,8 +148,13 @@ def test_bad_settings_name_themselves(settings, message):
         tiny(**settings)
 
 
+def test_a_data_set_smaller_than_a_batch_is_refused():
+    with pytest.raises(ValueError, match="2000 samples, less than a batch"):
+        train(tiny(train_batch_size=3000))
+
+
 def test_bad_data_is_refused(monkeypatch):
-    monkeypatch.setattr(loop, "sample_toy", lambda *args: torch.full((2000, 2), float("nan")))
+    monkeypatch.setattr(setup, "sample_toy", lambda *args: torch.full((2000, 2), float("nan")))
     with pytest.raises(ValueError, match="NaN"):
         train(tiny())
 
@@ -203,7 +207,7 @@ def launched(tmp_path_factory):
 def test_the_command_line_leaves_a_whole_model(launched):
     present = {path.name for path in launched.iterdir()}
     expected = {"unet", "scheduler", "normalizer", "model_index.json", "metrics.json", "samples.png", "drift.png"}
-    assert present == expected | {"README.md", "logs"}
+    assert present == expected | {"README.md", "pipeline.py", "logs"}
     samples = _quiet(VSDMPipeline.from_pretrained(launched))(10).samples
     assert samples.shape == (10, 2)
 

@@ -29,7 +29,7 @@ def main() -> None:
         return
     metrics = write_report(config, result)["metrics"]
     print(
-        f"\n{config.dataset_name}: {result.seconds:.0f} s of training, {100 * metrics['sa_share']:.1f}% of it in"
+        f"\n{result.seconds:.0f} s of training, {100 * metrics['sa_share']:.1f}% of it in"
         f" stochastic approximation; everything is in {config.output_dir}/"
     )
 

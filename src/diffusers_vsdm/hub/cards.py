@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..data import TOYS
 from ..files import write_atomically
 
 
@@ -51,6 +52,7 @@ def render_card(folder: Path, record: dict[str, Any], model_name: str | None = N
         config=config,
         metrics=metrics,
         rows=rows,
+        is_toy=not config["train_data_dir"] and config["dataset_name"] in TOYS,
         versions=record["versions"],
     )
     write_atomically(folder / "README.md", str(card).encode())

@@ -1,6 +1,7 @@
-"""Score networks for what Diffusers has none for."""
+"""Score networks for what Diffusers has none for, and networks by name."""
 
 from .mlp import MLPModel, MLPModelOutput
+from .presets import UNETS, build_model
 
 
-__all__ = ["MLPModel", "MLPModelOutput"]
+__all__ = ["UNETS", "MLPModel", "MLPModelOutput", "build_model"]

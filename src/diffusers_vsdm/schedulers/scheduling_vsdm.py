@@ -296,7 +296,7 @@ class VSDMScheduler(DriftOwner):
         k = int(timestep)
         if k not in self._positions or k != float(timestep):
             raise ValueError(
-                f"`timestep` {float(timestep):g} is not one of this run's timesteps, which go from {self._visited[0]} to"
+                f"`timestep` {float(timestep):g} is not one of this run's timesteps, from {self._visited[0]} to"
                 f" {self._visited[-1]}: take it from `scheduler.timesteps`, or call `set_timesteps` first."
             )
         return self._positions[k]
@@ -540,7 +540,7 @@ class VSDMScheduler(DriftOwner):
         computed_in = torch.float32 if dtype.itemsize < 4 else dtype
         sample, model_output = sample.to(computed_in), model_output.to(computed_in)
         index = self._next_index(timestep)
-        if index == 0 and not self._prior_was_used and self._drift is not None:
+        if index == 0 and not self._prior_was_used and self._drift is not None and not self._drift.is_neutral:
             self._prior_was_used = True
             warnings.warn(
                 "This run starts from noise that did not come from the learned drift's prior: the caller used neither"

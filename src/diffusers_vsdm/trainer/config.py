@@ -7,7 +7,8 @@ from typing import Any
 from diffusers.optimization import SchedulerType
 
 from ..data import TOYS
-from ..drift import AVERAGES
+from ..drift import AVERAGES, BASES
+from ..models import UNETS
 from ..objectives import WEIGHTINGS
 from ..schedulers.parameterization import PARAMETERIZATIONS
 from ..schedulers.scheduling_vsdm import BETA_SCHEDULES, PRIORS
@@ -22,6 +23,7 @@ INCIDENTAL = (
     " checkpointing_steps checkpoints_total_limit resume_from_checkpoint"
 ).split()
 BASELINES = ("none", "sgm")
+LAMBDA_PER = ("all", "channel", "element")
 
 
 def _setting(default: Any, text: str, choices: Any = None) -> Any:
@@ -35,8 +37,16 @@ class TrainingConfig:
 
     output_dir: str = _setting("vsdm-model", "Folder for the pipeline, its metrics, pictures and card.")
     overwrite_output_dir: bool = _setting(False, "Write into a folder that exists and is not empty.")
-    dataset_name: str = _setting("spiral-8y", "What to learn.", TOYS)
+    dataset_name: str = _setting("spiral-8y", f"An image data set on the Hub, or a toy: {', '.join(TOYS)}.")
     num_train_samples: int = _setting(100_000, "Points drawn from a toy distribution as the training set.")
+    dataset_config_name: str = _setting("", "Configuration of the data set on the Hub.")
+    train_data_dir: str = _setting("", "Folder of images or of parquet files, instead of a name.")
+    image_column: str = _setting("", "Column of the images; by default image, img, images or pixel_values.")
+    channels: int = _setting(3, "Channels of images: 1 for grayscale, 3 for colour, or as many as arrays have.")
+    resolution: int = _setting(0, "Size that images are resized and cropped to; 0 to take them as they are.")
+    max_train_samples: int = _setting(0, "Images to use, the first ones; 0 for all.")
+    random_flip: bool = _setting(False, "Mirror images at random.")
+    dataloader_num_workers: int = _setting(0, "Processes that read images.")
     seed: int = _setting(0, "Seed of the data, the network, the noise and the simulations.")
 
     # process
@@ -51,11 +61,16 @@ class TrainingConfig:
     beta_power: float = _setting(1.7, "Exponent of the power law.")
     ddpm_num_steps: int = _setting(100, "Training times N.")
     prediction_type: str = _setting("epsilon", "What the network predicts.", PARAMETERIZATIONS)
+    basis: str = _setting("identity", "Basis in which the drift is diagonal; dct is for images.", BASES)
+    lambda_per: str = _setting("element", "One lambda for all dimensions, per channel, or per element.", LAMBDA_PER)
     solver: str = _setting("heun", "Solver that the saved pipeline samples with.", SOLVERS)
 
     # network and its optimization
-    model_width: int = _setting(128, "Width of the network's hidden layers.")
-    model_num_blocks: int = _setting(3, "Residual blocks of the network.")
+    model: str = _setting("auto", "Network; auto is mlp for vectors and tiny for images.", ("auto", "mlp", *UNETS))
+    model_config_name_or_path: str = _setting("", "Configuration of a UNet2DModel, instead.")
+    pretrained_model_name_or_path: str = _setting("", "A DDPM pipeline to start from: its network and table of betas.")
+    model_width: int = _setting(128, "Width of the mlp's hidden layers.")
+    model_num_blocks: int = _setting(3, "Residual blocks of the mlp.")
     max_train_steps: int = _setting(12_000, "Gradient steps.")
     train_batch_size: int = _setting(512, "Samples in a batch, per process.")
     gradient_accumulation_steps: int = _setting(1, "Batches whose gradients are added up for a step.")
@@ -75,6 +90,8 @@ class TrainingConfig:
     zeta_placement: str = _setting("divergence", "Term of the loss for lambda that zeta multiplies.", GRADIENTS)
     sa_stages: int = _setting(40, "Stages of stochastic approximation, evenly spaced before lambda is frozen.")
     sa_trajectories: int = _setting(256, "Simulated trajectories in a stage.")
+    sa_steps: int = _setting(0, "Euler-Maruyama steps of a trajectory; 0 for N, at most 100.")
+    sa_batch_size: int = _setting(0, "Trajectories simulated at once; 0 for all.")
     sa_prior: str = _setting("standard", "Law from which a stage simulates.", SIMULATION_PRIORS)
     sa_step_scale: float = _setting(3.0, "a of the step size a / (k^alpha + b).")
     sa_step_offset: float = _setting(3.0, "b of the step size.")
@@ -120,16 +137,18 @@ class TrainingConfig:
             raise ValueError(f"`zeta` must lie in (0, 1], got {self.zeta}.")
         if not 0 <= self.frozen_fraction < 1:
             raise ValueError(f"`frozen_fraction` must lie in [0, 1), got {self.frozen_fraction}.")
-        if self.train_batch_size > self.num_train_samples:
-            raise ValueError(
-                f"`train_batch_size` {self.train_batch_size} is larger than `num_train_samples`"
-                f" {self.num_train_samples}: lower it."
-            )
-        if self.sa_stages >= self.adaptive_steps:
+        if self.basis == "dct" and self.is_toy:
+            raise ValueError("`basis` 'dct' is for images: a toy distribution has no frequencies.")
+        if self.baseline == "none" and self.sa_stages >= self.adaptive_steps:
             raise ValueError(
                 f"`sa_stages` {self.sa_stages} do not fit into the {self.adaptive_steps} steps before lambda is"
                 " frozen: lower it, or raise `max_train_steps`."
             )
+
+    @property
+    def is_toy(self) -> bool:
+        """Whether the data are one of the two-dimensional distributions."""
+        return not self.train_data_dir and self.dataset_name in TOYS
 
     @property
     def adaptive_steps(self) -> int:

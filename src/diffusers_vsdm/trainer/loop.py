@@ -13,19 +13,16 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, s
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
-from ..data import sample_toy
-from ..drift import AdaptiveDiagonalDrift
-from ..models import MLPModel
 from ..normalizer import DataNormalizer
 from ..objectives import denoising_score_matching
 from ..pipelines import VSDMPipeline
-from ..schedulers import VSDMScheduler
 from ..stochastic_approximation import StageOutput, StochasticApproximation
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from .config import POWER_LAW, TrainingConfig
+from .config import TrainingConfig
+from .setup import build_data, build_network, build_scheduler, moment_samples
 
 
 LOSS_WINDOW = 100
@@ -52,19 +49,6 @@ class TrainingResult:
     sa_skipped: int
 
 
-class _Samples(Dataset):
-    """A tensor that is read a batch at a time."""
-
-    def __init__(self, data: Tensor):
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitems__(self, indices: list[int]) -> Tensor:
-        return self.data[indices]
-
-
 class _EpochSampler(Sampler):
     """A permutation that depends on seed and epoch alone, so that any point of a run can be found again."""
 
@@ -79,29 +63,6 @@ class _EpochSampler(Sampler):
         return iter(torch.randperm(self.size, generator=generator).tolist())
 
 
-def build_scheduler(config: TrainingConfig, data: Tensor) -> tuple[VSDMScheduler, AdaptiveDiagonalDrift]:
-    """The process of a run, and its neutral drift that knows the moments of `data` (model units)."""
-    settings = {
-        "prediction_type": config.prediction_type,
-        "prior_type": config.prior_type,
-        "solver": config.solver,
-        "clip_sample": False,
-        "timestep_spacing": "trailing",
-    }
-    if config.beta_schedule == POWER_LAW:
-        scheduler = VSDMScheduler.from_power_law(
-            config.beta_min, config.beta_max, config.beta_power, config.ddpm_num_steps, **settings
-        )
-    else:
-        scheduler = VSDMScheduler(
-            num_train_timesteps=config.ddpm_num_steps, beta_schedule=config.beta_schedule, **settings
-        )
-    drift = AdaptiveDiagonalDrift(tuple(data.shape[1:]))
-    drift.fit_moments(data)
-    scheduler.set_drift(drift)
-    return scheduler, drift
-
-
 class Trainer:
     """One run of Algorithm 1: its parts, its state, and its checkpoints.
 
@@ -111,7 +72,7 @@ class Trainer:
         config ([`TrainingConfig`]): The settings.
 
     Raises:
-        ValueError: The data holds NaN or infinite values.
+        ValueError: The data cannot be had or does not fit; see [`setup`].
     """
 
     def __init__(self, config: TrainingConfig):
@@ -128,19 +89,16 @@ class Trainer:
                 project_dir=str(self.folder), logging_dir=str(self.folder / config.logging_dir)
             ),
         )
-        data = sample_toy(config.dataset_name, config.num_train_samples, torch.Generator().manual_seed(config.seed))
-        if not torch.isfinite(data).all():
-            raise ValueError(f"The data set {config.dataset_name!r} holds NaN or infinite values: remove them.")
-        self.normalizer = DataNormalizer.from_data(data) if config.standardize else None
-        data = data if self.normalizer is None else self.normalizer.normalize(data)
-
-        self.scheduler, self.drift = build_scheduler(config, data)
-        self.network = MLPModel(
-            in_channels=data.shape[1],
-            num_train_timesteps=config.ddpm_num_steps,
-            width=config.model_width,
-            num_blocks=config.model_num_blocks,
-        )
+        data = build_data(config)
+        samples = moment_samples(data, config.seed)
+        self.normalizer: DataNormalizer | None = None
+        if config.standardize:
+            per_channel = samples.shape[1:2] + (1,) * (samples.ndim - 2)
+            self.normalizer = DataNormalizer.from_data(samples, per_channel)
+            samples = self.normalizer.normalize(samples)
+            self.normalizer.to(self.accelerator.device)
+        self.scheduler, self.drift = build_scheduler(config, samples)
+        self.network = build_network(config, data.event_shape)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=config.learning_rate, weight_decay=config.adam_weight_decay
         )
@@ -153,11 +111,12 @@ class Trainer:
         )
         self.sampler = _EpochSampler(len(data), config.seed)
         loader = DataLoader(
-            _Samples(data),
+            data,
             batch_size=config.train_batch_size,
             sampler=self.sampler,
             drop_last=True,
-            collate_fn=lambda batch: batch,
+            collate_fn=_as_it_is,
+            num_workers=config.dataloader_num_workers,
         )
         self.model, self.prepared_optimizer, self.loader = self.accelerator.prepare(
             self.network, self.optimizer, loader
@@ -169,6 +128,8 @@ class Trainer:
             zeta_placement=config.zeta_placement,
             prior=config.sa_prior,
             num_trajectories=config.sa_trajectories,
+            num_steps=config.sa_steps or None,
+            batch_size=config.sa_batch_size or None,
             step_scale=config.sa_step_scale,
             step_offset=config.sa_step_offset,
             step_power=config.sa_step_power,
@@ -223,9 +184,8 @@ class Trainer:
 
         if self.ema is not None:
             self.ema.copy_to(self.network.parameters())
-        normalizer = None if self.normalizer is None else self.normalizer.to(self.accelerator.device)
         return TrainingResult(
-            pipeline=VSDMPipeline(self.network.eval(), self.scheduler, normalizer),
+            pipeline=VSDMPipeline(self.network.eval(), self.scheduler, self.normalizer),
             lambdas=torch.stack(self.lambdas),
             final_loss=torch.stack(self.losses).mean().item(),
             seconds=self.seconds,
@@ -239,7 +199,7 @@ class Trainer:
         for _ in range(self.config.gradient_accumulation_steps):
             index, sample = next(batches)
             with self.accelerator.accumulate(self.model):
-                noise, timesteps = self._draw(index, sample)
+                sample, noise, timesteps = self._draw(index, sample)
                 with self.accelerator.autocast():
                     prediction = self.model(self.scheduler.add_noise(sample, noise, timesteps), timesteps).sample
                 loss = denoising_score_matching(
@@ -256,14 +216,21 @@ class Trainer:
             self.ema.step(self.network.parameters())
         self.losses = [*self.losses[1 - LOSS_WINDOW :], total]
 
-    def _draw(self, index: int, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise and times for the `index`-th batch; every process draws all of it and keeps its own part."""
+    def _draw(self, index: int, sample: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The `index`-th batch in model units, its noise and its times.
+
+        Every process draws for the whole batch and keeps its own part, so that their number does not matter.
+        """
         self.generator.manual_seed(self.config.seed * 1_000_000_007 + index)
         whole = len(sample) * self.accelerator.num_processes
         mine = slice(len(sample) * self.accelerator.process_index, len(sample) * (self.accelerator.process_index + 1))
         draw: dict[str, Any] = {"generator": self.generator, "device": sample.device}
-        noise = torch.randn((whole, *sample.shape[1:]), **draw)
-        return noise[mine], torch.randint(self.config.ddpm_num_steps, (whole,), **draw)[mine]
+        noise = torch.randn((whole, *sample.shape[1:]), **draw)[mine]
+        timesteps = torch.randint(len(self.scheduler), (whole,), **draw)[mine]
+        if self.config.random_flip:
+            mirrored = torch.rand(whole, **draw)[mine] < 0.5
+            sample = torch.where(mirrored.reshape(-1, *[1] * (sample.ndim - 1)), sample.flip(-1), sample)
+        return sample if self.normalizer is None else self.normalizer.normalize(sample), noise, timesteps
 
     def _batches(self) -> Iterator[tuple[int, Tensor]]:
         """Numbered batches from where the run stands."""
@@ -387,6 +354,10 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, (int, float, bool)) or (
         isinstance(value, list) and all(isinstance(x, (int, float)) for x in value)
     )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def train(config: TrainingConfig) -> TrainingResult:

@@ -9,6 +9,7 @@ from typing import Any
 import accelerate
 import diffusers
 import matplotlib
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from .. import __version__
 from ..data import sample_toy
 from ..files import write_atomically
 from ..hub.cards import render_card
+from ..hub.remote_code import write_remote_code
 from ..metrics.transport import straightness, wasserstein2
 from ..pipelines import VSDMPipeline
 from ..schedulers import VSDMScheduler
@@ -29,6 +31,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 # far from the seeds that users give to training
 EVALUATION_SEED = 1_000_003
+FEW = 8  # so many lambdas are listed one by one
 
 
 def flow_paths(
@@ -82,36 +85,44 @@ def evaluate(
 def write_report(config: TrainingConfig, result: TrainingResult) -> dict[str, Any]:
     """Write everything into `config.output_dir`; returns what `metrics.json` holds."""
     folder = Path(config.output_dir)
-    scheduler = result.pipeline.scheduler
-    result.pipeline.save_pretrained(folder)
+    pipeline, lam = result.pipeline, result.pipeline.scheduler.drift.lam
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
     scale = config.beta_max if config.beta_schedule == POWER_LAW else 1.0
     metrics: dict[str, Any] = {
         "final_loss": result.final_loss,
-        "lambda": scheduler.drift.lam.tolist(),
-        "lambda_per_stage": result.lambdas.tolist(),
+        "lambda": _summary(lam),
+        "lambda_per_stage": [_summary(stage) for stage in result.lambdas],
         "sa_skipped": result.sa_skipped,
         "seconds": result.seconds,
         "sa_seconds": result.sa_seconds,
         "sa_share": result.sa_seconds / result.seconds,
-        "num_parameters": sum(p.numel() for p in result.pipeline.unet.parameters()),
+        "num_parameters": sum(p.numel() for p in pipeline.unet.parameters()),
     }
-    pictures = {"drift.png": _plot_drift(result.lambdas * scale, scheduler.drift.lam * scale, scale)}
-    if config.num_eval_samples:
-        evaluation, paths = evaluate(
-            result.pipeline, config.dataset_name, config.num_eval_samples, config.num_eval_steps
-        )
+    pictures = {"drift.png": _plot_drift(result.lambdas * scale, lam * scale, scale)}
+    if not config.is_toy:
+        pictures["samples.png"] = _plot_images(pipeline)
+    elif config.num_eval_samples:
+        evaluation, paths = evaluate(pipeline, config.dataset_name, config.num_eval_samples, config.num_eval_steps)
         metrics |= evaluation
-        data = sample_toy(
-            config.dataset_name, config.num_eval_samples, torch.Generator().manual_seed(EVALUATION_SEED + 3)
+        generator = torch.Generator().manual_seed(EVALUATION_SEED + 3)
+        pictures["samples.png"] = _plot_samples(
+            sample_toy(config.dataset_name, config.num_eval_samples, generator), paths
         )
-        pictures["samples.png"] = _plot_samples(data, paths)
     record = {"metrics": metrics, "config": asdict(config), "versions": versions()}
     write_atomically(folder / "metrics.json", (json.dumps(record, indent=2) + "\n").encode())
     for name, figure in pictures.items():
         figure.savefig(folder / name, dpi=110, metadata={"Software": None})
         plt.close(figure)
     render_card(folder, record)
+    write_remote_code(folder)
     return record
+
+
+def _summary(lam: Tensor) -> list[float]:
+    """Lambda itself where it is short, else its quantiles 0, 1/4, 1/2, 3/4 and 1."""
+    flat = lam.flatten()
+    return (flat if len(flat) <= FEW else flat.quantile(torch.linspace(0, 1, 5, dtype=flat.dtype))).tolist()
 
 
 def versions() -> dict[str, str]:
@@ -125,15 +136,30 @@ def versions() -> dict[str, str]:
 
 
 def _plot_drift(lambdas: Tensor, final: Tensor, scale: float) -> plt.Figure:
-    r"""$\lambda$ (times `scale`) over the stages, one line per dimension, as Figure 9 of the paper."""
+    r"""$\lambda$ (times `scale`) over the stages as Figure 9 of the paper: each dimension, or quantiles of many."""
+    short = final.numel() <= FEW
+    names = [f"dimension {i}" for i in range(final.numel())] if short else ["least", "1/4", "median", "3/4", "largest"]
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    for i, (values, end) in enumerate(zip(lambdas.flatten(1).T[:8], final.flatten()[:8], strict=True)):
-        (line,) = axes.plot(values, label=f"dimension {i}")
-        axes.axhline(float(end), color=line.get_color(), linestyle=":", linewidth=1)
+    stages = torch.tensor([_summary(stage) for stage in lambdas])
+    for name, values, end in zip(names, stages.T, _summary(final), strict=True):
+        (line,) = axes.plot(values, label=name)
+        axes.axhline(end, color=line.get_color(), linestyle=":", linewidth=1)
     axes.set_xlabel("stage of stochastic approximation")
     axes.set_ylabel(r"$\lambda$" if scale == 1 else r"$\lambda \, \beta_{\max}$")
     axes.set_ylim(bottom=0)
     axes.legend(title="dotted: average, frozen", fontsize="small", title_fontsize="small")
+    return figure
+
+
+def _plot_images(pipeline: VSDMPipeline, side: int = 8) -> plt.Figure:
+    """A grid of `side * side` samples."""
+    generator = torch.Generator(pipeline.unet.device).manual_seed(EVALUATION_SEED)
+    (images,) = pipeline(side * side, generator, output_type="np", return_dict=False)
+    rows = images.reshape(side, side, *images.shape[1:])
+    grid = np.concatenate(np.concatenate(rows, axis=1), axis=1)
+    figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
+    axes.imshow(grid if grid.shape[-1] in (3, 4) else grid[..., 0], cmap="gray", interpolation="nearest")
+    axes.axis("off")
     return figure
 
 

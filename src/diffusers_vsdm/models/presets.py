@@ -1,0 +1,58 @@
+"""Networks by name."""
+
+from typing import Any
+
+from diffusers import ModelMixin, UNet2DModel
+
+from .mlp import MLPModel
+
+
+# keyword arguments of UNet2DModel, without its channels and size
+UNETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "block_out_channels": (32, 64, 64),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "attention_head_dim": 32,
+    },
+    # the 35.7M network of Ho et al. (2020) for 32x32 images
+    "ddpm-cifar10": {
+        "block_out_channels": (128, 256, 256, 256),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 2,
+        "attention_head_dim": None,
+        "dropout": 0.1,
+    },
+}
+
+
+def build_model(
+    preset: str, event_shape: tuple[int, ...], num_train_timesteps: int, width: int = 128, num_blocks: int = 3
+) -> ModelMixin:
+    """A fresh network for samples of shape `(d,)` or `(C, H, W)`.
+
+    Args:
+        preset (`str`): `"mlp"` for vectors, a key of [`UNETS`] for images, or `"auto"`.
+        event_shape (`tuple[int, ...]`): Shape of one sample.
+        num_train_timesteps (`int`): Training times N, for the MLP's embedding.
+        width, num_blocks (`int`): Size of the MLP.
+
+    Raises:
+        ValueError: The preset is not for such samples, or the images' sides cannot be halved often enough.
+    """
+    is_image = len(event_shape) == 3
+    name = {"auto": "tiny" if is_image else "mlp"}.get(preset, preset)
+    if (name in UNETS) != is_image:
+        kind = "images" if is_image else "vectors"
+        raise ValueError(f"`model` {name!r} is not for {kind} of shape {event_shape}: use 'auto'.")
+    if not is_image:
+        return MLPModel(event_shape[0], num_train_timesteps, width, num_blocks)
+    channels, *sides = event_shape
+    divisor = 2 ** (len(UNETS[name]["block_out_channels"]) - 1)
+    if any(side % divisor for side in sides):
+        raise ValueError(f"`model` {name!r} needs sides that {divisor} divides, got {sides}: give a `resolution`.")
+    size = sides[0] if sides[0] == sides[1] else tuple(sides)
+    return UNet2DModel(sample_size=size, in_channels=channels, out_channels=channels, **UNETS[name])

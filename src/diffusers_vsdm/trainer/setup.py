@@ -1,0 +1,135 @@
+"""The parts of a run, made from its settings: data, network, process."""
+
+from typing import Any
+
+import torch
+from diffusers import ModelMixin, UNet2DModel
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..data import sample_toy
+from ..data.images import load_images
+from ..drift import AdaptiveDiagonalDrift
+from ..models import build_model
+from ..schedulers import VSDMScheduler
+from .config import POWER_LAW, TrainingConfig
+
+
+# enough for the moments of images: their means and variances are known to 1%
+MOMENT_SAMPLES = 10_000
+
+
+class VectorDataset(Dataset):
+    """A tensor `(n, d)` that is read a batch at a time.
+
+    Raises:
+        ValueError: It holds NaN or infinite values.
+    """
+
+    def __init__(self, data: Tensor):
+        if not torch.isfinite(data).all():
+            raise ValueError("The data set holds NaN or infinite values: remove them.")
+        self.data = data
+        self.event_shape = tuple(data.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        """Rows, `(len(indices), d)`."""
+        return self.data[indices]
+
+
+def build_data(config: TrainingConfig) -> Any:
+    """The training set, with `event_shape` and batched access.
+
+    Raises:
+        ValueError: It cannot be had, is damaged, or is smaller than a batch.
+    """
+    if config.is_toy:
+        generator = torch.Generator().manual_seed(config.seed)
+        data: Any = VectorDataset(sample_toy(config.dataset_name, config.num_train_samples, generator))
+    else:
+        data = load_images(
+            config.train_data_dir or config.dataset_name,
+            config.image_column or None,
+            config.channels,
+            config.resolution or None,
+            config.max_train_samples or None,
+            config.dataset_config_name or None,
+        )
+    if len(data) < config.train_batch_size:
+        raise ValueError(f"The data set has {len(data)} samples, less than a batch: lower `train_batch_size`.")
+    return data
+
+
+def moment_samples(data: Any, seed: int) -> Tensor:
+    """A tensor of samples to fit moments to: all of a vector data set, a random part of many images."""
+    if isinstance(data, VectorDataset):
+        return data.data
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:MOMENT_SAMPLES]
+    return data.__getitems__(chosen.tolist())
+
+
+def build_network(config: TrainingConfig, event_shape: tuple[int, ...]) -> ModelMixin:
+    """The network of a run: pretrained, from a configuration file, or a preset.
+
+    Raises:
+        ValueError: The network does not fit the data.
+    """
+    if config.pretrained_model_name_or_path:
+        network = UNet2DModel.from_pretrained(config.pretrained_model_name_or_path, subfolder="unet")
+    elif config.model_config_name_or_path:
+        network = UNet2DModel.from_config(UNet2DModel.load_config(config.model_config_name_or_path))
+    else:
+        return build_model(
+            config.model, event_shape, config.ddpm_num_steps, config.model_width, config.model_num_blocks
+        )
+    size, channels = network.config["sample_size"], network.config["in_channels"]
+    if (channels, size, size) != event_shape:
+        raise ValueError(
+            f"The network is for {channels} channels and size {size}, the data are {event_shape}: set `channels` and"
+            " `resolution`."
+        )
+    return network
+
+
+def build_scheduler(config: TrainingConfig, samples: Tensor) -> tuple[VSDMScheduler, AdaptiveDiagonalDrift]:
+    """The process of a run, and its neutral drift that knows the moments of `samples` (model units)."""
+    settings: dict[str, Any] = {
+        "prior_type": config.prior_type,
+        "solver": config.solver,
+        "clip_sample": not config.is_toy and not config.standardize,
+        "timestep_spacing": "trailing",
+    }
+    if config.pretrained_model_name_or_path:
+        stored = VSDMScheduler.load_config(config.pretrained_model_name_or_path, subfolder="scheduler")
+        if stored.get("drift_sha256") is not None:
+            raise ValueError(
+                "`pretrained_model_name_or_path` has a learned drift, and its network belongs to that. Start from a"
+                " model without one, or resume the run that made it."
+            )
+        settings.pop("clip_sample")
+        scheduler = VSDMScheduler.from_config(stored, **settings)
+    elif config.beta_schedule == POWER_LAW:
+        settings["prediction_type"] = config.prediction_type
+        scheduler = VSDMScheduler.from_power_law(
+            config.beta_min, config.beta_max, config.beta_power, config.ddpm_num_steps, **settings
+        )
+    else:
+        scheduler = VSDMScheduler(
+            num_train_timesteps=config.ddpm_num_steps,
+            beta_schedule=config.beta_schedule,
+            prediction_type=config.prediction_type,
+            **settings,
+        )
+    event_shape = tuple(samples.shape[1:])
+    lambda_shape = {
+        "all": (1,) * len(event_shape),
+        "channel": event_shape[:1] + (1,) * (len(event_shape) - 1),
+        "element": event_shape,
+    }[config.lambda_per]
+    drift = AdaptiveDiagonalDrift(event_shape, lambda_shape, basis=config.basis)
+    drift.fit_moments(samples)
+    scheduler.set_drift(drift)
+    return scheduler, drift

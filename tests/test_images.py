@@ -1,0 +1,212 @@
+"""Training on images: reading them, and the whole way from a folder to samples."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+
+from diffusers_vsdm import VSDMPipeline
+from diffusers_vsdm.data.images import ImageDataset, load_images
+from diffusers_vsdm.models import build_model
+from diffusers_vsdm.trainer import Trainer, TrainingConfig
+from diffusers_vsdm.trainer.report import write_report
+
+
+DATA = os.environ.get("VSDM_TEST_DATA")
+real_data = pytest.mark.skipif(not DATA, reason="VSDM_TEST_DATA does not name a folder with cifar10/")
+
+TINY = {
+    "max_train_steps": 12,
+    "sa_stages": 2,
+    "sa_trajectories": 4,
+    "sa_steps": 5,
+    "train_batch_size": 4,
+    "ddpm_num_steps": 20,
+    "learning_rate": 1e-3,
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def picture(seed, size=(8, 8), mode="RGB"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for seed in range(9):
+        picture(seed).save(tmp_path / "pictures" / f"{seed}.png")
+    return tmp_path / "pictures"
+
+
+def test_pixels_are_scaled_to_the_unit_interval_and_back():
+    data = ImageDataset([{"image": picture(0)}], "image")
+    assert data.event_shape == (3, 8, 8)
+    back = ((data[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(back, np.array(picture(0)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_pictures_of_any_mode_get_the_channels_asked_for(mode, channels):
+    data = ImageDataset([{"image": picture(0, mode="RGB").convert(mode)}], "image", channels)
+    assert data[0].shape == (channels, 8, 8)
+
+
+def test_arrays_of_any_channels_are_taken_as_they_are():
+    rows = [{"x": np.random.default_rng(0).integers(0, 256, (6, 5, 2), dtype=np.uint8)}]
+    data = ImageDataset(rows, "x", channels=2)
+    assert data.event_shape == (2, 6, 5)
+    torch.testing.assert_close(data[0][1], torch.from_numpy(rows[0]["x"][:, :, 1]).float() / 127.5 - 1)
+    assert ImageDataset([{"x": rows[0]["x"][:, :, 0]}], "x", channels=1).event_shape == (1, 6, 5)
+    with pytest.raises(ValueError, match="uint8"):
+        ImageDataset(rows, "x", channels=3)
+
+
+def test_resizing_keeps_the_aspect_and_the_centre():
+    wide = Image.new("RGB", (40, 20))
+    wide.paste((255, 0, 0), (10, 0, 30, 20))  # the middle half
+    image = ImageDataset([{"image": wide}], "image", resolution=10)[0]
+    assert image.shape == (3, 10, 10)
+    assert (image[0, :, 1:-1] == 1).all() and (image[1] == -1).all()  # the resampling blends the outer columns
+
+
+def test_mixed_sizes_need_a_resolution():
+    rows = [{"image": picture(0)}, {"image": picture(1, (8, 10))}]
+    data = ImageDataset(rows, "image")
+    with pytest.raises(ValueError, match="Image 1 is 10 x 8, others are 8 x 8: give a `resolution`"):
+        data[1]
+    assert ImageDataset(rows, "image", resolution=8).__getitems__([0, 1]).shape == (2, 3, 8, 8)
+
+
+def test_a_damaged_file_is_named(folder):
+    file = folder / "4.png"
+    file.write_bytes(file.read_bytes()[:60])
+    data = load_images(str(folder))
+    with pytest.raises(ValueError, match="Image 4 of 'image' is damaged"):
+        data.__getitems__(list(range(9)))
+
+
+def test_bad_requests(folder, tmp_path):
+    with pytest.raises(ValueError, match="`image_column` pixels.*'image'"):
+        load_images(str(folder), "pixels")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load_images(str(tmp_path / "nowhere" / "at" / "all"))
+    with pytest.raises(ValueError, match="is a file"):
+        load_images(str(folder / "0.png"))
+    with pytest.raises(ValueError, match="divides"):
+        build_model("tiny", (3, 30, 30), 100)
+    with pytest.raises(ValueError, match="not for images"):
+        build_model("mlp", (3, 32, 32), 100)
+
+
+def train_tiny(folder, output, **settings):
+    config = TrainingConfig(**(TINY | {"train_data_dir": str(folder), "output_dir": str(output)} | settings))
+    trainer = Trainer(config)
+    return trainer, trainer.train()
+
+
+@pytest.mark.parametrize(
+    "settings, lambda_shape",
+    [
+        ({"basis": "dct"}, (3, 8, 8)),
+        ({"basis": "dct", "lambda_per": "channel", "standardize": True}, (3, 1, 1)),
+        ({"lambda_per": "all", "random_flip": True}, (1, 1, 1)),
+        ({"channels": 1, "resolution": 4}, (1, 4, 4)),
+    ],
+)
+def test_from_a_folder_to_samples(folder, tmp_path, settings, lambda_shape):
+    trainer, result = train_tiny(folder, tmp_path / "model", **settings)
+    write_report(trainer.config, result)
+    loaded = VSDMPipeline.from_pretrained(tmp_path / "model")
+    loaded.set_progress_bar_config(disable=True)
+    drift = loaded.scheduler.drift
+    assert drift.lam.shape == lambda_shape and drift.config["basis"] == settings.get("basis", "identity")
+    assert not drift.is_neutral and drift.data_variance.min() > 0
+    images = loaded(2, torch.Generator().manual_seed(0), num_inference_steps=3).images
+    size = settings.get("resolution", 8)
+    assert images[0].size == (size, size) and images[0].mode == ("L" if "channels" in settings else "RGB")
+    again = result.pipeline(2, torch.Generator().manual_seed(0), num_inference_steps=3).images
+    assert np.array_equal(np.array(images[1]), np.array(again[1]))
+    for name in ("samples.png", "drift.png", "metrics.json", "README.md"):
+        assert (tmp_path / "model" / name).stat().st_size > 0
+
+
+def test_a_resumed_image_run_is_the_uninterrupted_one(folder, tmp_path):
+    settings = {"basis": "dct", "random_flip": True, "dataloader_num_workers": 1}
+    whole, _ = train_tiny(folder, tmp_path / "whole", **settings)
+    train_tiny(folder, tmp_path / "parts", checkpointing_steps=7, **settings)
+    resumed, _ = train_tiny(folder, tmp_path / "parts", resume_from_checkpoint="checkpoint-7", **settings)
+    assert torch.equal(torch.stack(whole.losses), torch.stack(resumed.losses))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.network.parameters(), resumed.network.parameters(), strict=True)
+    )
+    assert torch.equal(whole.drift.lam, resumed.drift.lam)
+
+
+def test_starts_from_a_ddpm_pipeline(folder, tmp_path):
+    """Its network, its table of betas and its prediction type; with no training, its samples."""
+    unet = build_model("tiny", (3, 8, 8), 1000)
+    DDPMPipeline(unet, DDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=50)).save_pretrained(
+        tmp_path / "ddpm"
+    )
+    trainer, result = train_tiny(
+        folder,
+        tmp_path / "model",
+        pretrained_model_name_or_path=str(tmp_path / "ddpm"),
+        max_train_steps=1,
+        learning_rate=1e-30,
+        baseline="sgm",
+        use_ema=False,
+        prior_type="conditional",
+        solver="ddpm",
+    )
+    assert len(trainer.scheduler) == 50 and trainer.scheduler.config["clip_sample"]
+    stock = DDPMPipeline(unet, DDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=50))
+    outputs = []
+    latents = torch.randn(2, 3, 8, 8)
+    for scheduler in (
+        DDPMScheduler.from_config(stock.scheduler.config, timestep_spacing="trailing"),
+        trainer.scheduler,
+    ):
+        scheduler.set_timesteps(5)
+        x, generator = latents, torch.Generator().manual_seed(0)
+        for t in scheduler.timesteps:
+            with torch.no_grad():
+                x = scheduler.step(result.pipeline.unet(x, t).sample, t, x, generator=generator).prev_sample
+        outputs.append(x)
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="set `channels` and `resolution`"):
+        train_tiny(folder, tmp_path / "other", pretrained_model_name_or_path=str(tmp_path / "ddpm"), resolution=4)
+    result.pipeline.save_pretrained(tmp_path / "vsdm")
+    with pytest.raises(ValueError, match="learned drift"):
+        train_tiny(folder, tmp_path / "other", pretrained_model_name_or_path=str(tmp_path / "vsdm"))
+
+
+def test_takes_any_unet_configuration(folder, tmp_path):
+    build_model("tiny", (3, 8, 8), 100).save_config(tmp_path / "unet")
+    trainer, _ = train_tiny(folder, tmp_path / "model", model_config_name_or_path=str(tmp_path / "unet"))
+    assert isinstance(trainer.network, UNet2DModel)
+
+
+@real_data
+def test_reads_cifar10_in_the_layout_of_the_hub():
+    data = load_images(str(Path(DATA) / "cifar10"), max_samples=1500, resolution=16)
+    batch = data.__getitems__(list(range(1500)))
+    assert batch.shape == (1500, 3, 16, 16) and data.column == "img"
+    # the brightness of CIFAR-10's training images, known from the literature (0.491, 0.482, 0.447)
+    torch.testing.assert_close(
+        batch.mean((0, 2, 3)) / 2 + 0.5, torch.tensor([0.491, 0.482, 0.447]), rtol=0, atol=0.015
+    )

@@ -33,7 +33,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "standardized": {
         "SGM": STANDARDIZED | {"baseline": "sgm"},
-        **{f"VSDM, zeta {zeta}": STANDARDIZED | {"zeta": zeta} for zeta in (0.6, 0.75, 0.85, 0.95)},
+        **{f"VSDM, zeta {zeta}": STANDARDIZED | {"zeta": zeta} for zeta in (0.6, 0.75, 0.9)},
     },
 }
 

@@ -132,6 +132,16 @@ def test_drifts_of_eq_17_and_18_transport_the_marginals():
     torch.testing.assert_close(2 * slope * variance.sqrt() - 1, variance_slope, rtol=1e-6, atol=1e-8)
 
 
+@given(lam=lams, g=gs, share=st.floats(0.01, 0.99), x=st.floats(-5, 5), eps=st.floats(-3, 3))
+def test_ancestral_step_is_the_posterior_at_the_predicted_data(lam, g, share, x, eps):
+    lam, g, g_next = f64(lam), f64(min(g, 20 / (lam + 0.1))), f64(share * min(g, 20 / (lam + 0.1)))
+    a, s = process.mean_scale(lam, g), process.std(lam, g)
+    on_x, on_x0, variance = process.posterior(lam, g, g_next)
+    mean, same = process.ancestral_step(lam, g, g_next, f64(x), process.conditional_score(f64(eps), s))
+    torch.testing.assert_close(mean, on_x * x + on_x0 * (x - s * eps) / a, rtol=1e-6, atol=1e-8)
+    assert same == variance
+
+
 def test_marginal_moments_are_the_gaussians():
     mean, variance = process.marginal_moments(ANISOTROPIC.lam, f64(0.9), ANISOTROPIC.mean, ANISOTROPIC.variance)
     expected = DiagonalGaussian.moments(ANISOTROPIC, f64(0.9))

@@ -25,7 +25,7 @@ def exact_score(drift):
 
 
 def exact_moments(approximation, drift):
-    """Expectations of the simulated moments, by recursion of the Euler-Maruyama chain's own mean and variance."""
+    """Expectations of the simulated moments, by recursion of the simulated chain's own mean and variance."""
     problem = gaussian(drift)
     mean, variance = torch.zeros(2).double(), torch.ones(2).double()
     score_x, x_x, total = 0, 0, 0
@@ -36,8 +36,11 @@ def exact_moments(approximation, drift):
         score_x = score_x - dg * (second - m_t * mean) / v_t
         x_x = x_x + dg * second
         total = total + dg
-        slope = 1 + dg * (0.5 * drift.lam - 1 / v_t)
-        mean, variance = slope * mean + dg * m_t / v_t, slope**2 * variance + dg
+        # the predicted data, then the posterior given it: both linear in x
+        on_x, on_x0, noise = process.posterior(drift.lam, g, g_next)
+        at_zero, at_one = (problem.posterior(x * torch.ones(2).double(), g)[0] for x in (0.0, 1.0))
+        slope, offset = on_x + on_x0 * (at_one - at_zero), on_x0 * at_zero
+        mean, variance = slope * mean + offset, slope**2 * variance + noise
     return score_x / total, x_x / total
 
 

@@ -106,6 +106,15 @@ def posterior(lam: Tensor, g: Tensor, g_next: Tensor) -> tuple[Tensor, Tensor, T
     return mean_scale(lam, g - g_next) * s2_next / s2, mean_scale(lam, g_next) * s2_step / s2, s2_next * s2_step / s2
 
 
+def ancestral_step(lam: Tensor, g: Tensor, g_next: Tensor, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Mean and variance of a backward step of Eq. 17 by the [`posterior`] at the data that the score predicts.
+
+    By Tweedie's formula the mean is $E[x_r | x_t] = (x_t + s_{t|r}^2 \nabla \log p_t(x_t)) / a_{t|r}$, exactly.
+    """
+    step = g - g_next
+    return (x + variance(lam, step) * score) / mean_scale(lam, step), posterior(lam, g, g_next)[2]
+
+
 def ode_drift(lam: Tensor, x: Tensor, score: Tensor) -> Tensor:
     r"""$-\frac12 (\lambda x + \nabla \log p_t(x))$: the probability flow $dx/dg$ of Eq. 18; $dg = \beta dt$."""
     return -0.5 * (lam * x + score)

@@ -26,6 +26,8 @@ from .setup import build_data, build_network, build_scheduler, moment_samples
 
 
 LOSS_WINDOW = 100
+# of the weights that stages simulate with: the raw ones double the noise of the moments, slower ones lag behind lambda
+STAGE_EMA_DECAY = 0.99
 
 
 @dataclass
@@ -136,7 +138,7 @@ class Trainer:
             seed=config.seed,
         )
         self.generator = torch.Generator(self.accelerator.device)
-        self.ema = self._new_ema()
+        self.ema = self._new_ema(STAGE_EMA_DECAY if config.stage_steps else config.ema_max_decay)
         self.step = 0
         self.lambdas = [self.drift.lam.clone()]
         self.losses: list[Tensor] = []
@@ -172,7 +174,7 @@ class Trainer:
             if self.step == config.adaptive_steps and config.stage_steps:
                 # from here to the end the network meets only the lambda that is saved with it
                 self.drift.set_lambda(self.drift.average(config.sa_average))
-                self.ema = self._new_ema()
+                self.ema = self._new_ema(config.ema_max_decay)
             bar.update()
             if self.step % config.logging_steps == 0 or self.step == config.max_train_steps:
                 self._log(bar)
@@ -248,6 +250,9 @@ class Trainer:
         """Stochastic approximation: simulate with the network as it is, step lambda."""
         started = time.perf_counter()
         accelerator, network = self.accelerator, self.network.eval()  # without a distributed wrapper
+        if self.ema is not None:
+            self.ema.store(network.parameters())
+            self.ema.copy_to(network.parameters())
         output = self.approximation.update(
             lambda x, k: self.scheduler.get_score(network(x, k).sample, k, x),
             device=accelerator.device,
@@ -255,16 +260,17 @@ class Trainer:
             num_processes=accelerator.num_processes,
             reduce_sum=lambda tensor: accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu(),
         )
-        self.network.train()
+        if self.ema is not None:
+            self.ema.restore(network.parameters())
+        network.train()
         self.sa_seconds += time.perf_counter() - started
         self.lambdas.append(output.lam)
         moments = {f"moment/{i}": value for i, value in enumerate(output.score_x.flatten()[:8].tolist())}
         accelerator.log(moments, step=self.step)
         return output
 
-    def _new_ema(self) -> EMAModel | None:
-        config = self.config
-        return EMAModel(self.network.parameters(), decay=config.ema_max_decay) if config.use_ema else None
+    def _new_ema(self, decay: float) -> EMAModel | None:
+        return EMAModel(self.network.parameters(), decay=decay) if self.config.use_ema else None
 
     def _log(self, bar: tqdm) -> None:
         loss = torch.stack(self.losses).mean().item()

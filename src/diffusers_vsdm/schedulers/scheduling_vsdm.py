@@ -18,21 +18,16 @@ from torch import Tensor
 
 from .. import process
 from ..bases import Basis, IdentityBasis
-from ..solvers import SOLVERS, Coefficients
+from ..solvers import SOLVERS
 from .drift_owner import DriftOwner
 from .grids import SPACINGS, custom_grid, inference_grid
 from .parameterization import PARAMETERIZATIONS
+from .tables import LEARNED, VARIANCE_TYPES, StepTables, learned_std, make_tables
 
 
 PRIORS = ("conditional", "marginal")
 FINAL_SIGMAS = ("zero", "sigma_min")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
-# the "log" spellings of Diffusers mean the same standard deviation
-FIXED_LARGE = ("fixed_large", "fixed_large_log")
-LEARNED = ("learned", "learned_range")
-# None is what other classes save that have no such choice
-VARIANCE_TYPES = (None, "fixed_small", "fixed_small_log", *FIXED_LARGE, *LEARNED)
-
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -47,17 +42,6 @@ class VSDMSchedulerOutput(BaseOutput):
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Per network call: a and s at the call's time and the solver's coefficients, as lists of tensors."""
-
-    a: list[Tensor]
-    s: list[Tensor]
-    terms: dict[str, list[Tensor]]
-    log_variance: tuple[list[Tensor], list[Tensor]] | None
-    is_defined: list[bool]
 
 
 class VSDMScheduler(DriftOwner):
@@ -287,8 +271,7 @@ class VSDMScheduler(DriftOwner):
         self._step_index = None
         self._begin_index = None
         self._held = None
-        self._caches.pop("coefficients", None)
-        for key in [key for key in self._caches if isinstance(key, tuple) and key[0] == "rows"]:
+        for key in [key for key in self._caches if isinstance(key, tuple) and key[0] == "tables"]:
             del self._caches[key]
 
     def index_for_timestep(self, timestep: int | Tensor) -> int:
@@ -325,45 +308,16 @@ class VSDMScheduler(DriftOwner):
             raise ValueError(f"`timestep` {float(timestep):g} is out of turn: the next one of this run is {expected}.")
         return self._step_index
 
-    def _coefficients(self) -> tuple[Tensor, Tensor, Coefficients, tuple[Tensor, Tensor]]:
-        """For each network call: a, s, the solver's coefficients, and the smallest and largest posterior variance."""
-        lam = self._lam()
-        g, g_next = self._g(self._grid[:-1], lam), self._g(self._grid[1:], lam)
-        calls = self._solver.calls_per_step
-        at_call = g.repeat_interleave(calls, 0)[calls - 1 :]
-        a, s = process.mean_scale(lam, at_call), process.std(lam, at_call)
-        coefficients = self._solver.coefficients(lam, g, g_next)
-        small = process.posterior(lam, g, g_next)[2].clamp(min=1e-20)  # Diffusers' floor, for its logarithm
-        return a, s, coefficients, (small, process.variance(lam, g - g_next))
-
-    def _rows(self, device: torch.device, dtype: torch.dtype) -> _Rows:
+    def _tables(self, device: torch.device, dtype: torch.dtype) -> StepTables:
         """The tables of this run in the type and place of the sample, made at the first step after a change."""
 
-        def place(table: Tensor) -> list[Tensor]:
-            return list((table.to(dtype) if table.ndim == 1 else table.to(device, dtype)).unbind(0))
+        def make() -> StepTables:
+            lam, config = self._lam(), self._internal_dict
+            predicts_noise = config["prediction_type"] in ("epsilon", "score")
+            g, g_next = self._g(self._grid[:-1], lam), self._g(self._grid[1:], lam)
+            return make_tables(self._solver, lam, g, g_next, config["variance_type"], predicts_noise, device, dtype)
 
-        def make() -> _Rows:
-            a, s, coefficients, (small, large) = self._cached("coefficients", self._coefficients)
-            terms = dict(vars(coefficients))
-            variance_type = self._internal_dict["variance_type"]
-            learned = self._internal_dict["solver"] == "ddpm" and variance_type in LEARNED
-            if self._internal_dict["solver"] == "ddpm" and variance_type in FIXED_LARGE:
-                terms["noise"] = large.sqrt()
-            needed = [s, *(table for table in terms.values() if table is not None)]
-            defined = torch.stack([torch.isfinite(table).reshape(len(a), -1).all(1) for table in needed]).all(0)
-            if self._internal_dict["prediction_type"] in ("epsilon", "score") and terms["x0"] is not None:
-                # the data is (x - s eps) / a: leave room for a network's error in the working precision
-                smallest = 1e6 * torch.finfo(dtype).tiny
-                defined = defined & (a > smallest).reshape(len(a), -1).all(1)
-            return _Rows(
-                is_defined=defined.tolist(),
-                a=place(a),
-                s=place(s),
-                terms={name: place(table) for name, table in terms.items() if table is not None},
-                log_variance=(place(small.log()), place(large.log())) if learned else None,
-            )
-
-        return self._cached(("rows", device, dtype), make)
+        return self._cached(("tables", device, dtype), make)
 
     def _marginal(self, timesteps: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The scales a and s at a batch of training times, shaped to broadcast against `like`."""
@@ -547,14 +501,14 @@ class VSDMScheduler(DriftOwner):
                 " `init_noise_sigma` nor `sample_prior`. Use VSDMPipeline, or `latents=scheduler.sample_prior(...)`.",
                 stacklevel=2,
             )
-        rows = self._rows(sample.device, sample.dtype)
-        if not rows.is_defined[index]:
+        tables = self._tables(sample.device, sample.dtype)
+        if not tables.is_defined[index]:
             raise ValueError(
                 f"`timestep` {int(timestep)} has no signal left (zero terminal SNR, or lambda * g too large): there"
                 f" `prediction_type` {self._internal_dict['prediction_type']!r} with `solver`"
                 f" {self._internal_dict['solver']!r} is undefined: use 'v_prediction' or 'sample' with 'ddpm'."
             )
-        a, s = rows.a[index], rows.s[index]
+        a, s = tables.a[index], tables.s[index]
 
         network = PARAMETERIZATIONS[self._internal_dict["prediction_type"]]
         basis = self.basis(sample)
@@ -563,7 +517,7 @@ class VSDMScheduler(DriftOwner):
         prediction = self._clip(basis.from_basis(x0))
         if self._internal_dict["clip_sample"] or self._internal_dict["thresholding"]:
             x0 = basis.to_basis(prediction)
-        terms = {name: column[index] for name, column in rows.terms.items()}
+        terms = {name: column[index] for name, column in tables.terms.items()}
         values = {"sample": sample, "x0": x0}
         if "eps" in terms:
             values["eps"] = network.eps(model_output, sample, a, s)
@@ -573,11 +527,11 @@ class VSDMScheduler(DriftOwner):
         if "noise" in terms and int(self._grid[index]) > 0:
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=noise_dtype)
             values["noise"] = basis.to_basis(noise.to(sample.dtype))
-            if predicted_variance is not None and rows.log_variance is not None:
+            if predicted_variance is not None and self._solver.samples_posterior:
                 if not isinstance(basis, IdentityBasis):
                     raise ValueError("`variance_type` 'learned...' is per pixel: it has no meaning in another basis.")
-                bounds = (column[index] for column in rows.log_variance)
-                terms["noise"] = self._learned_std(predicted_variance, *bounds)
+                bounds = (column[index] for column in tables.log_variance)
+                terms["noise"] = learned_std(self._internal_dict["variance_type"], predicted_variance, *bounds)
         previous = functools.reduce(operator.add, (terms[name] * values[name] for name in terms if name in values))
         previous, prediction = basis.from_basis(previous).to(dtype), prediction.to(dtype)
 
@@ -585,13 +539,6 @@ class VSDMScheduler(DriftOwner):
         if not return_dict:
             return (previous, prediction)
         return VSDMSchedulerOutput(prev_sample=previous, pred_original_sample=prediction)
-
-    def _learned_std(self, predicted: Tensor, log_small: Tensor, log_large: Tensor) -> Tensor:
-        """Standard deviation from a network's second half of channels (Nichol and Dhariwal 2021, Eq. 15)."""
-        if self._internal_dict["variance_type"] == "learned":
-            return predicted.sqrt()
-        weight = (predicted + 1) / 2
-        return torch.exp(0.5 * (weight * log_large + (1 - weight) * log_small))
 
     def _clip(self, x0: Tensor) -> Tensor:
         """Static clipping, or dynamic thresholding (Saharia et al. 2022, section 2.3), of the predicted data."""

@@ -26,16 +26,18 @@ class Solver:
         order: Global order of convergence: of the ODE, or strong order (additive noise) where stochastic.
         calls_per_step: Network calls for one step of the grid.
         stochastic: Whether the step draws noise.
+        samples_posterior: Whether that noise is the posterior's, whose variance may be chosen or learned.
     """
 
     coefficients: Callable[[Tensor, Tensor, Tensor], Coefficients]
     order: int
     calls_per_step: int = 1
     stochastic: bool = False
+    samples_posterior: bool = False
 
 
 SOLVERS: dict[str, Solver] = {
-    "ddpm": Solver(ddpm, order=1, stochastic=True),
+    "ddpm": Solver(ddpm, order=1, stochastic=True, samples_posterior=True),
     "ddim": Solver(ddim, order=1),
     "euler": Solver(euler, order=1),
     "heun": Solver(heun, order=2, calls_per_step=2),

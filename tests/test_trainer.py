@@ -148,6 +148,11 @@ def test_bad_settings_name_themselves(settings, message):
         tiny(**settings)
 
 
+def test_an_unknown_data_set_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="could not be loaded.*toys are spiral, spiral-8y"):
+        train(tiny(train_data_dir=str(tmp_path / "no" / "such" / "folder")))
+
+
 def test_a_data_set_smaller_than_a_batch_is_refused():
     with pytest.raises(ValueError, match="2000 samples, less than a batch"):
         train(tiny(train_batch_size=3000))

@@ -7,7 +7,7 @@ from diffusers import ModelMixin, UNet2DModel
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..data import sample_toy
+from ..data import TOYS, sample_toy
 from ..data.images import load_images
 from ..drift import AdaptiveDiagonalDrift
 from ..models import build_model
@@ -50,14 +50,17 @@ def build_data(config: TrainingConfig) -> Any:
         generator = torch.Generator().manual_seed(config.seed)
         data: Any = VectorDataset(sample_toy(config.dataset_name, config.num_train_samples, generator))
     else:
-        data = load_images(
-            config.train_data_dir or config.dataset_name,
-            config.image_column or None,
-            config.channels,
-            config.resolution or None,
-            config.max_train_samples or None,
-            config.dataset_config_name or None,
-        )
+        try:
+            data = load_images(
+                config.train_data_dir or config.dataset_name,
+                config.image_column or None,
+                config.channels,
+                config.resolution or None,
+                config.max_train_samples or None,
+                config.dataset_config_name or None,
+            )
+        except ValueError as error:
+            raise ValueError(f"{error} (The toys are {', '.join(TOYS)}.)") from error
     if len(data) < config.train_batch_size:
         raise ValueError(f"The data set has {len(data)} samples, less than a batch: lower `train_batch_size`.")
     return data

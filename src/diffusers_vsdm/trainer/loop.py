@@ -157,7 +157,7 @@ class Trainer:
         config = self.config
         if config.logger != "none":
             self.accelerator.init_trackers("vsdm", config=asdict(config))
-        batches = self._batches()
+        batches, stages = self._batches(), config.stage_steps
         bar = tqdm(
             initial=self.step,
             total=config.max_train_steps,
@@ -169,9 +169,9 @@ class Trainer:
         while self.step < config.max_train_steps:
             self._gradient_step(batches)
             self.step += 1
-            if self.step in config.stage_steps:
+            if self.step in stages:
                 self._stage()
-            if self.step == config.adaptive_steps and config.stage_steps:
+            if self.step == config.adaptive_steps and stages:
                 # from here to the end the network meets only the lambda that is saved with it
                 self.drift.set_lambda(self.drift.average(config.sa_average))
                 self.ema = self._new_ema(config.ema_max_decay)

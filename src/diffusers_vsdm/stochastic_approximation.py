@@ -33,6 +33,8 @@ GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "divergence": lambda score_x, x_x, a, zeta: score_x + zeta,
     "inner_product": lambda score_x, x_x, a, zeta: 1 + zeta * score_x + (1 - zeta) * a * x_x,
 }
+# what a posterior step may cover: with longer ones the simulated moments drift
+STEPS_PER_G = 13.25
 SIMULATION_PRIORS = ("standard", "conditional", "marginal")
 
 ScoreFunction = Callable[[Tensor, int], Tensor]
@@ -75,7 +77,7 @@ class StochasticApproximation:
             $N(0, s_T^2)$ or `"marginal"` $N(a_T m, a_T^2 v + s_T^2)$. Only the first restrains $\lambda$ at zeta < 1.
         num_trajectories (`int`, defaults to 512): Trajectories in a stage.
         num_steps (`int`, *optional*): Steps of a trajectory, at most N; evenly spaced training times. Defaults to
-            `min(N, 50)`.
+            about 13 for each unit of $g_T$ (50 for the power law up to beta_max 10, 99 for 20).
         batch_size (`int`, *optional*): Trajectories simulated at once. Defaults to all of them.
         step_scale, step_offset, step_power (`float`): $a$, $b$ and $\alpha$ of $\eta_k = a / (k^\alpha + b)$.
         clip (`float`, defaults to 1.0): The gradient is clipped to [-clip, clip] in each entry.
@@ -106,7 +108,7 @@ class StochasticApproximation:
         g = torch.as_tensor(integrated_beta, dtype=torch.float64).cpu()
         if g.ndim != 1 or not (torch.diff(g, prepend=g.new_zeros(1)) > 0).all() or not torch.isfinite(g).all():
             raise ValueError("`integrated_beta` must be a finite, positive and increasing table of shape (N,).")
-        num_steps = min(len(g), 50) if num_steps is None else num_steps
+        num_steps = min(len(g), max(1, round(STEPS_PER_G * float(g[-1])))) if num_steps is None else num_steps
         checks = {
             "zeta": (zeta, 0 < zeta <= 1, "a number in (0, 1]"),
             "zeta_placement": (zeta_placement, zeta_placement in GRADIENTS, f"one of {tuple(GRADIENTS)}"),

@@ -90,7 +90,7 @@ class TrainingConfig:
     zeta_placement: str = _setting("divergence", "Term of the loss for lambda that zeta multiplies.", GRADIENTS)
     sa_stages: int = _setting(40, "Stages of stochastic approximation, evenly spaced before lambda is frozen.")
     sa_trajectories: int = _setting(256, "Simulated trajectories in a stage.")
-    sa_steps: int = _setting(0, "Steps of a trajectory; 0 for N, at most 50.")
+    sa_steps: int = _setting(0, "Steps of a trajectory; 0 for about 13 per unit of integrated beta.")
     sa_batch_size: int = _setting(0, "Trajectories simulated at once; 0 for all.")
     sa_prior: str = _setting("standard", "Law from which a stage simulates.", SIMULATION_PRIORS)
     sa_step_scale: float = _setting(3.0, "a of the step size a / (k^alpha + b).")

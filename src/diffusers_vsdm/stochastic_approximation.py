@@ -155,8 +155,8 @@ class StochasticApproximation:
     ) -> StageOutput:
         r"""One stage: simulate backwards from the prior with the current $\lambda$, then step the drift.
 
-        The simulation takes the process's exact posterior steps rather than those of Euler and Maruyama (Eq. 22), which
-        need four times as many for the same moments on the paper's stretched axes.
+        The simulation takes the process's exact posterior steps. Those of Euler and Maruyama (Eq. 22) come to the same
+        moments with about four times as many, on the paper's stretched axes.
 
         Args:
             score: `score(x, k)` is the model's score of $x_t$ at training time `k` (an integer), with `x` of shape

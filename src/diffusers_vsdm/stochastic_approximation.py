@@ -101,7 +101,7 @@ class StochasticApproximation:
         batch_size: int | None = None,
         step_scale: float = 3.0,
         step_offset: float = 3.0,
-        step_power: float = 0.7,
+        step_power: float = 0.6,
         clip: float = 1.0,
         seed: int = 0,
     ):

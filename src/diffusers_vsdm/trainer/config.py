@@ -95,7 +95,7 @@ class TrainingConfig:
     sa_prior: str = _setting("standard", "Law from which a stage simulates.", SIMULATION_PRIORS)
     sa_step_scale: float = _setting(3.0, "a of the step size a / (k^alpha + b).")
     sa_step_offset: float = _setting(3.0, "b of the step size.")
-    sa_step_power: float = _setting(0.7, "alpha of the step size, in (0.5, 1].")
+    sa_step_power: float = _setting(0.6, "alpha of the step size, in (0.5, 1].")
     sa_average: str = _setting("polyak", "Average of the iterates that lambda is frozen at.", AVERAGES)
     frozen_fraction: float = _setting(0.2, "Share of the steps, at the end, with lambda frozen at its average.")
 

@@ -57,7 +57,7 @@ def test_local_links_lead_somewhere(path):
 
 
 def test_every_flag_in_the_docs_exists():
-    known = set(TrainingConfig.__dataclass_fields__) | {"num_processes"}
+    known = set(TrainingConfig.__dataclass_fields__) | {"num_processes", "help"}
     for path in [*documents(), ROOT / "Makefile"]:
         for line in re.findall(r"train_vsdm\.py((?:[^\n]|\\\n)*)", path.read_text()):
             assert set(re.findall(r"--(\w+)", line)) <= known, line

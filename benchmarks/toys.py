@@ -89,21 +89,22 @@ def main() -> None:
     arguments = parser.parse_args()
     threads = max(1, (os.cpu_count() or 1) // arguments.processes)
     jobs = [(name, s, seed, threads) for seed in arguments.seeds for name, s in STUDIES[arguments.study].items()]
-    with multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool:
-        runs = pool.map(run, jobs, chunksize=1)
-
     from diffusers_vsdm.trainer.report import versions
 
-    record = {
+    record: dict[str, Any] = {
         "study": arguments.study,
         "command": f"python -m benchmarks.toys {arguments.study}",
         "versions": versions() | {"python": platform.python_version()},
         "machine": {"cores": os.cpu_count(), "processes": arguments.processes, "threads": threads},
-        "runs": runs,
+        "runs": [],
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"toys_{arguments.study}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    with multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool:
+        for result in pool.imap(run, jobs, chunksize=1):
+            record["runs"].append(result)
+            # as it grows: a study that is broken off leaves what it has
+            path.write_text(json.dumps(record, indent=1) + "\n")
     print(path.name)
 
 

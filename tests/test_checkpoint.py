@@ -116,6 +116,25 @@ def test_old_checkpoints_are_deleted_beyond_the_limit(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-30", "checkpoint-40"]
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_deletion_that_is_broken_off_leaves_no_half_checkpoint(tmp_path, monkeypatch, again):
+    """Of an old checkpoint beyond the limit, or of one that is written again."""
+    trainer = Trainer(tiny(tmp_path, checkpointing_steps=40))
+    trainer.train()
+    trainer.step, trainer.config.checkpoints_total_limit = (40, 0) if again else (41, 1)
+
+    def broken_off(path, **kwargs):
+        (path / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save()
+    for path in list_checkpoints(tmp_path):
+        checkpoint.load_checkpoint(path)
+    assert any(tmp_path.glob(".unfinished-*"))
+
+
 def test_only_safetensors_and_json_are_written(tmp_path):
     Trainer(tiny(tmp_path, checkpointing_steps=20)).train()
     assert {path.name for path in (tmp_path / "checkpoint-20").iterdir()} == {"state.safetensors", "state.json"}

@@ -18,7 +18,7 @@ from diffusers_vsdm.trainer.report import write_report
 
 
 DATA = os.environ.get("VSDM_TEST_DATA")
-real_data = pytest.mark.skipif(not DATA, reason="VSDM_TEST_DATA does not name a folder with cifar10/")
+real_data = pytest.mark.skipif(not DATA, reason="VSDM_TEST_DATA is not set: it names the folder that holds cifar10/")
 
 TINY = {
     "max_train_steps": 12,

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .schedulers import VSDMScheduler
-from .schedulers.parameterization import PARAMETERIZATIONS
 
 
 MIN_SNR_GAMMA = 5.0
@@ -60,7 +59,7 @@ def denoising_score_matching(
             f"`model_output` {tuple(model_output.shape)}, `sample` {tuple(sample.shape)} and `noise`"
             f" {tuple(noise.shape)} must have one shape."
         )
-    network = PARAMETERIZATIONS[scheduler.config["prediction_type"]]
+    network = scheduler.parameterization
     a, s = scheduler.marginal_scales(sample, timesteps)
     basis = scheduler.basis(s)
     sample, noise, model_output = (basis.to_basis(x.to(s.dtype)) for x in (sample, noise, model_output))

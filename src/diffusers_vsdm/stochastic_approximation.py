@@ -170,9 +170,10 @@ class StochasticApproximation:
         """
         self.num_stages += 1
         mine = range(process_index, self.num_trajectories, num_processes)
+        coefficients = self._coefficients(torch.device(device))
         total = torch.zeros((2, *self.drift.lam.shape), dtype=torch.float64)
         for start in range(0, len(mine), self.batch_size):
-            total += self._simulate(score, mine[start : start + self.batch_size], torch.device(device))
+            total += self._simulate(score, mine[start : start + self.batch_size], *coefficients)
         score_x, x_x = reduce_sum(total) / self.num_trajectories
 
         lam = self.drift.lam
@@ -192,18 +193,24 @@ class StochasticApproximation:
             self.drift.step(gradient, eta)
         return StageOutput(self.drift.lam.clone(), score_x, x_x, gradient, eta, skipped)
 
-    def _simulate(self, score: ScoreFunction, trajectories: range, device: torch.device) -> Tensor:
+    def _coefficients(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Of sample, score and noise in a step, which is linear in them: each `(num_steps, *lambda_shape)`, float32."""
+        shape = (-1, *[1] * self.drift.lam.ndim)
+        rates = (self.drift.lam, self.g.reshape(shape), self.g_next.reshape(shape))
+        one = torch.ones_like(rates[0] * rates[1])
+        on_x, variance = process.ancestral_step(*rates, one, torch.zeros_like(one))
+        on_score, _ = process.ancestral_step(*rates, torch.zeros_like(one), one)
+        on_x, on_score, on_noise = (c.to(device, torch.float32) for c in (on_x, on_score, variance.sqrt()))
+        return on_x, on_score, on_noise
+
+    def _simulate(
+        self, score: ScoreFunction, trajectories: range, on_x: Tensor, on_score: Tensor, on_noise: Tensor
+    ) -> Tensor:
         """Both time-averaged moments, summed over trajectories and shaped as lambda: float64, `(2, *lambda_shape)`."""
+        device = on_x.device
         noise = torch.stack([self._noise(index) for index in trajectories], dim=1).to(device)
         basis = self.drift.basis(device, torch.float32)
         mean, scale = (moment.to(device, torch.float32) for moment in self._prior_moments())
-        shape = (-1, *[1] * self.drift.lam.ndim)
-        rates = (self.drift.lam, self.g.reshape(shape), self.g_next.reshape(shape))
-        # a step is linear in sample and score: its coefficients, for all steps at once, in double precision
-        one = torch.ones_like(rates[0] * rates[1])
-        on_x, variance = process.ancestral_step(*rates, one, torch.zeros_like(one))
-        on_score = process.ancestral_step(*rates, torch.zeros_like(one), one)[0]
-        on_x, on_score, on_noise = (c.to(device, torch.float32) for c in (on_x, on_score, variance.sqrt()))
         x = mean + scale * noise[0]
         # mean over the event's dimensions that share one lambda (of a stack of two moments), sum over trajectories
         shared = [dim + 2 for dim, size in enumerate(self.drift.lam.shape) if size == 1]

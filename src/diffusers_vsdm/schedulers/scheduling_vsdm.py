@@ -21,7 +21,7 @@ from ..bases import Basis, IdentityBasis
 from ..solvers import SOLVERS
 from .drift_owner import DriftOwner
 from .grids import SPACINGS, custom_grid, inference_grid
-from .parameterization import PARAMETERIZATIONS
+from .parameterization import PARAMETERIZATIONS, Parameterization
 from .tables import LEARNED, VARIANCE_TYPES, StepTables, learned_std, make_tables
 
 
@@ -361,6 +361,11 @@ class VSDMScheduler(DriftOwner):
         self._check_event(sample)
         return self._marginal(timesteps, sample)
 
+    @property
+    def parameterization(self) -> Parameterization:
+        """What the network predicts (`prediction_type`), as functions."""
+        return PARAMETERIZATIONS[self._internal_dict["prediction_type"]]
+
     def rates(self, timesteps: Tensor) -> Tensor:
         r"""$\beta_t$ per unit of time, averaged over each training interval of length 1 / N; shape of `timesteps`."""
         return (-torch.log1p(-self.betas) * len(self)).to(timesteps.device)[timesteps]
@@ -409,12 +414,11 @@ class VSDMScheduler(DriftOwner):
             model_output, sample (`Tensor`): The network's output and its input $x_t$, `(batch, *event_shape)`.
             timesteps (`Tensor` or `int`): Integer training steps, `(batch,)` or one for all.
         """
-        if self._internal_dict["variance_type"] in LEARNED and model_output.shape[1] == 2 * sample.shape[1]:
-            model_output = model_output[:, : sample.shape[1]]
+        model_output, _ = self._split_variance(model_output, sample)
         a, s = self.marginal_scales(sample, timesteps)
         basis = self.basis(s)
         output, x = (basis.to_basis(x.to(s.dtype)) for x in (model_output, sample))
-        eps = PARAMETERIZATIONS[self._internal_dict["prediction_type"]].eps(output, x, a, s)
+        eps = self.parameterization.eps(output, x, a, s)
         return basis.from_basis(process.conditional_score(eps, s))
 
     # Sampling ------------------------------------------------------------------------------------------------
@@ -482,9 +486,7 @@ class VSDMScheduler(DriftOwner):
             ValueError: The timestep is not one of this run's, `step` is called too often, or shapes disagree.
         """
         self._check_event(sample)
-        predicted_variance = None
-        if self._internal_dict["variance_type"] in LEARNED and model_output.shape[1] == 2 * sample.shape[1]:
-            model_output, predicted_variance = model_output.split(sample.shape[1], dim=1)
+        model_output, predicted_variance = self._split_variance(model_output, sample)
         if model_output.shape != sample.shape:
             raise ValueError(
                 f"`model_output` of shape {tuple(model_output.shape)} and `sample` of shape {tuple(sample.shape)}"
@@ -510,7 +512,7 @@ class VSDMScheduler(DriftOwner):
             )
         a, s = tables.a[index], tables.s[index]
 
-        network = PARAMETERIZATIONS[self._internal_dict["prediction_type"]]
+        network = self.parameterization
         basis = self.basis(sample)
         sample, model_output = basis.to_basis(sample), basis.to_basis(model_output)
         x0 = network.x0(model_output, sample, a, s)
@@ -539,6 +541,13 @@ class VSDMScheduler(DriftOwner):
         if not return_dict:
             return (previous, prediction)
         return VSDMSchedulerOutput(prev_sample=previous, pred_original_sample=prediction)
+
+    def _split_variance(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A network's prediction and, from its second half of channels, its variance if it learns one."""
+        channels = sample.shape[1]
+        if self._internal_dict["variance_type"] in LEARNED and model_output.shape[1] == 2 * channels:
+            return model_output[:, :channels], model_output[:, channels:]
+        return model_output, None
 
     def _clip(self, x0: Tensor) -> Tensor:
         """Static clipping, or dynamic thresholding (Saharia et al. 2022, section 2.3), of the predicted data."""

@@ -57,7 +57,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
         write_atomically(unfinished / "state.safetensors", safetensors.torch.save(tensors))
         write_atomically(unfinished / "state.json", json.dumps(state).encode())
         if target.exists():
-            shutil.rmtree(target)
+            _discard(target)
         os.rename(unfinished, target)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -68,8 +68,15 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
             f" {kept[-1] if kept else 'none'}. Free some space, then resume.",
         ) from error
     for old in list_checkpoints(folder)[:-limit] if limit else []:
-        shutil.rmtree(old)
+        _discard(old)
     return target
+
+
+def _discard(checkpoint: Path) -> None:
+    """Delete a checkpoint; it loses its name first, lest half of it should pass for a whole one."""
+    doomed = checkpoint.with_name(f"{UNFINISHED}{checkpoint.name}")
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -194,7 +194,7 @@ class StochasticApproximation:
         return StageOutput(self.drift.lam.clone(), score_x, x_x, gradient, eta, skipped)
 
     def _coefficients(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Of sample, score and noise in a step, which is linear in them: each `(num_steps, *lambda_shape)`, float32."""
+        """Of sample, score and noise in a step, which is linear in them: each `(num_steps, *lambda_shape)`."""
         shape = (-1, *[1] * self.drift.lam.ndim)
         rates = (self.drift.lam, self.g.reshape(shape), self.g_next.reshape(shape))
         one = torch.ones_like(rates[0] * rates[1])

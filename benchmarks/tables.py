@@ -60,6 +60,7 @@ TOY_COLUMNS = {
 }
 TABLES: dict[str, tuple[str, dict[str, Callable[[list[dict[str, Any]]], str]]]] = {
     "toys_paper": ("toys_paper.json", TOY_COLUMNS),
+    "toys_simulation": ("toys_simulation.json", TOY_COLUMNS),
     "toys_standardized": ("toys_standardized.json", TOY_COLUMNS),
     "simulation": ("simulation.json", {"E[score x], x / y": axes("moment", 3)}),
 }

@@ -1,6 +1,7 @@
 """Studies on the two-dimensional toys.
 
     python -m benchmarks.toys paper            # the VSDM paper's setting: raw axes, zeta 0.75
+    python -m benchmarks.toys simulation       # the same with twice the steps in each simulated trajectory
     python -m benchmarks.toys standardized     # the README's command, over zeta, beside a score-based model
 
 Every run is a training run with the package's own trainer, in a process of its own. A study writes a JSON record to
@@ -30,6 +31,10 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         "spiral-8y VSDM-20": PAPER | {"dataset_name": "spiral-8y", "beta_max": 20.0},
         "checkerboard-6x SGM-20": PAPER | {"dataset_name": "checkerboard-6x", "beta_max": 20.0, "baseline": "sgm"},
         "checkerboard-6x VSDM-10": PAPER | {"dataset_name": "checkerboard-6x", "beta_max": 10.0},
+    },
+    "simulation": {
+        f"{name} VSDM-10, 100 steps": PAPER | {"dataset_name": name, "beta_max": 10.0, "sa_steps": 100}
+        for name in ("spiral-8y", "checkerboard-6x")
     },
     "standardized": {
         "SGM": STANDARDIZED | {"baseline": "sgm"},

@@ -1,8 +1,8 @@
-import errno
 import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import time
 
@@ -140,18 +140,20 @@ def test_only_safetensors_and_json_are_written(tmp_path):
     assert {path.name for path in (tmp_path / "checkpoint-20").iterdir()} == {"state.safetensors", "state.json"}
 
 
-def test_a_full_disk_keeps_the_last_whole_checkpoint(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_last_whole_checkpoint(tmp_path):
     trainer = Trainer(tiny(tmp_path, checkpointing_steps=10))
-    write, calls = checkpoint.write_atomically, []
+    free, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def full(path, content):
-        calls.append(path)
-        if len(calls) > 3:  # the second file of the second checkpoint
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, content)
+    def save():
+        """With no room for the second checkpoint."""
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (free if trainer.step == 10 else 1000, hard))
+            Trainer.save(trainer)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
 
-    monkeypatch.setattr(checkpoint, "write_atomically", full)
-    with pytest.raises(OSError, match="checkpoint-20 could not be written.*No space left.*checkpoint-10"):
+    trainer.save = save
+    with pytest.raises(OSError, match="checkpoint-20 could not be written.*File too large.*checkpoint-10"):
         trainer.train()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
 

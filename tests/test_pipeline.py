@@ -230,6 +230,16 @@ def test_half_precision_keeps_drift_and_normalizer_exact(tmp_path, dtype):
         assert np.isfinite(half(4, generator(), num_inference_steps=5).samples).all()
 
 
+def test_offload_hooks_change_nothing():
+    """The hooks themselves; the accelerator that they offload from is the CPU here."""
+    pipeline = vectors()
+    before, lam = pipeline(20, generator(), num_inference_steps=5).samples, pipeline.scheduler.drift.lam.clone()
+    pipeline.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):  # the hooks are set anew after a call
+        assert np.array_equal(pipeline(20, generator(), num_inference_steps=5).samples, before)
+    assert torch.equal(pipeline.scheduler.drift.lam, lam) and lam.dtype == torch.float64
+
+
 def test_components_are_known_to_diffusers():
     from diffusers.pipelines import pipeline_loading_utils as tables
 

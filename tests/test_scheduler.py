@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -527,6 +527,9 @@ def test_a_stock_class_warns_about_the_lost_drift(caplog):
             caplog.clear()
             stock.from_config(scheduler.config)
             assert "drift_sha256" in caplog.text and "not expected" in caplog.text
+        caplog.clear()
+        DDIMPipeline(UNet2DModel(sample_size=8), scheduler)  # puts a DDIMScheduler in its place
+        assert "drift_sha256" in caplog.text and "not expected" in caplog.text
     finally:
         logger.removeHandler(caplog.handler)
 

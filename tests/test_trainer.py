@@ -1,13 +1,16 @@
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from diffusers_vsdm import MLPModel, VSDMPipeline
 from diffusers_vsdm.trainer import TrainingConfig, loop, setup, train
@@ -97,7 +100,7 @@ def test_runs_repeat_and_seeds_differ():
     [
         {"prediction_type": "v_prediction", "weighting": "min_snr"},
         {"prediction_type": "sample", "weighting": "epsilon", "lr_scheduler": "constant_with_warmup"},
-        {"beta_schedule": "squaredcos_cap_v2", "zeta_placement": "inner_product", "sa_average": "ema"},
+        {"ddpm_beta_schedule": "squaredcos_cap_v2", "zeta_placement": "inner_product", "sa_average": "ema"},
         {"sa_prior": "marginal", "mixed_precision": "bf16", "standardize": True},
     ],
 )
@@ -105,6 +108,38 @@ def test_every_setting_trains_something_that_samples(settings):
     result = train(tiny(**settings))
     metrics, paths = evaluate(result.pipeline, "spiral-8y", 100, 99)
     assert paths.isfinite().all() and metrics["num_function_evaluations"] == 99
+
+
+def test_pictures_while_training_change_nothing(tmp_path):
+    """Neither the numbers of a run, nor the random state of whoever trains, nor their plots' backend."""
+    runs = []
+    for steps in (0, 20):
+        settings = {"validation_steps": steps, "solver": "ddpm", "output_dir": str(tmp_path / str(steps))}
+        trainer = loop.Trainer(tiny(**settings))
+        runs.append((trainer.train(), torch.stack(trainer.losses), torch.rand(3)))
+    (plain, losses, after), (pictured, *others) = runs
+    assert torch.equal(plain.lambdas, pictured.lambdas) and torch.equal(losses, others[0])
+    assert torch.equal(after, others[1])
+    weights = (result.pipeline.unet.parameters() for result in (plain, pictured))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    names = sorted(path.name for path in (tmp_path / "20" / "validation").iterdir())
+    assert names == ["step-20.png", "step-40.png", "step-60.png"] and not (tmp_path / "0").exists()
+
+
+def test_epochs_count_as_steps():
+    config = tiny(num_epochs=3, gradient_accumulation_steps=2).for_data(1000, num_processes=2)
+    assert config.max_train_steps == 3 * (1000 // 128) // 2 and not config.num_epochs
+    trainer = loop.Trainer(tiny(num_epochs=2, sa_stages=3))
+    trainer.train()
+    assert trainer.step == 2 * (2000 // 64) and trainer.sampler.epoch == 1
+    with pytest.raises(ValueError, match="`max_train_steps`"):
+        tiny(num_epochs=1, gradient_accumulation_steps=100).for_data(2000)
+
+
+def test_half_precision_that_the_machine_lacks_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ValueError, match="needs a GPU, not 'cpu': use 'bf16'"):
+        train(tiny(mixed_precision="fp16"))
 
 
 def test_training_learns_a_gaussian(tmp_path):
@@ -156,6 +191,8 @@ def test_an_unknown_data_set_is_refused(tmp_path):
 def test_a_data_set_smaller_than_a_batch_is_refused():
     with pytest.raises(ValueError, match="2000 samples, less than a batch"):
         train(tiny(train_batch_size=3000))
+    with pytest.raises(ValueError, match=r"less than a batch on each process \(3000\)"):
+        tiny(train_batch_size=1500).for_data(2000, num_processes=2)
 
 
 def test_bad_data_is_refused(monkeypatch):
@@ -203,6 +240,7 @@ def launched(tmp_path_factory):
     flags = [f"--{name}={value}" for name, value in TINY.items()]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", str(SCRIPT)]
     command += [f"--output_dir={folder}", "--standardize", "--logger=tensorboard", "--logging_steps=10", *flags]
+    command += ["--validation_steps=30"]
     subprocess.run(
         command, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, timeout=120
     )
@@ -212,20 +250,35 @@ def launched(tmp_path_factory):
 def test_the_command_line_leaves_a_whole_model(launched):
     present = {path.name for path in launched.iterdir()}
     expected = {"unet", "scheduler", "normalizer", "model_index.json", "metrics.json", "samples.png", "drift.png"}
-    assert present == expected | {"README.md", "pipeline.py", "logs"}
+    assert present == expected | {"README.md", "pipeline.py", "logs", "validation"}
     samples = _quiet(VSDMPipeline.from_pretrained(launched))(10).samples
     assert samples.shape == (10, 2)
 
 
-def test_tensorboard_has_loss_and_lambda(launched):
+def test_tensorboard_has_loss_lambda_and_pictures(launched):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    tags = set()
+    scalars, pictures = set(), {}
     for path in launched.rglob("events.out.tfevents*"):
         events = EventAccumulator(str(path))
         events.Reload()
-        tags |= set(events.Tags()["scalars"])
-    assert {"loss", "lr", "lambda/0", "lambda/1", "moment/0"} <= tags
+        scalars |= set(events.Tags()["scalars"])
+        pictures |= {name: events.Images(name) for name in events.Tags()["images"]}
+    assert {"loss", "lr", "lambda/0", "lambda/1", "moment/0"} <= scalars
+    assert [picture.step for picture in pictures["samples"]] == [30, 60]
+    shown, stored = io.BytesIO(pictures["samples"][1].encoded_image_string), launched / "validation" / "step-60.png"
+    assert np.array_equal(np.asarray(Image.open(shown)), np.asarray(Image.open(stored)))
+
+
+def test_wandb_gets_the_same(tmp_path, monkeypatch):
+    """In its offline mode; the file that `wandb sync` would send holds names and picture."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    train(tiny(output_dir=str(tmp_path / "model"), logger="wandb", logging_steps=10, validation_steps=60))
+    (log,) = tmp_path.rglob("run-*.wandb")
+    content = log.read_bytes()
+    assert all(name in content for name in (b"loss", b"lambda/1", b"moment/0", b"samples"))
+    assert list(tmp_path.rglob("media/images/samples_60_*.png"))
 
 
 def test_the_command_line_refuses_politely(launched):

@@ -27,7 +27,7 @@ def main() -> None:
     result = trainer.train()
     if not state.is_main_process:
         return
-    metrics = write_report(config, result)["metrics"]
+    metrics = write_report(trainer.config, result)["metrics"]
     print(
         f"\n{result.seconds:.0f} s of training, {100 * metrics['sa_share']:.1f}% of it in"
         f" stochastic approximation; everything is in {config.output_dir}/"

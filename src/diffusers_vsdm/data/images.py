@@ -101,6 +101,7 @@ def load_images(
     resolution: int | None = None,
     max_samples: int | None = None,
     config_name: str | None = None,
+    cache_dir: str | None = None,
 ) -> ImageDataset:
     """The training split of an image data set.
 
@@ -110,6 +111,7 @@ def load_images(
         channels, resolution: See [`ImageDataset`].
         max_samples (`int`, *optional*): Take only so many, the first.
         config_name (`str`, *optional*): Configuration of a data set on the Hub.
+        cache_dir (`str`, *optional*): Where `datasets` keeps what it downloads.
 
     Raises:
         ValueError: There is no such data set or column; the message lists what there is.
@@ -120,7 +122,7 @@ def load_images(
     if Path(name_or_folder).is_file():
         raise ValueError(f"{name_or_folder!r} is a file: give the folder that holds the images or parquet files.")
     try:
-        rows = load_dataset(name_or_folder, config_name, split="train")
+        rows = load_dataset(name_or_folder, config_name, split="train", cache_dir=cache_dir)
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError) as error:
         raise ValueError(
             f"The data set {name_or_folder!r} could not be loaded ({error}): give a name on the Hub, or a folder of"

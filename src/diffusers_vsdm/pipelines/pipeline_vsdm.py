@@ -49,7 +49,8 @@ class VSDMPipeline(DiffusionPipeline):
         normalizer ([`DataNormalizer`], *optional*): Maps the model's units back to the data's.
     """
 
-    model_cpu_offload_seq = "unet->normalizer"
+    model_cpu_offload_seq = "unet"
+    _exclude_from_cpu_offload = ["normalizer"]  # a few numbers, used outside of any `forward`
     _optional_components = ["normalizer"]
     _callback_tensor_inputs = ["latents"]
 

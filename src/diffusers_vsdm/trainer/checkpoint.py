@@ -14,11 +14,10 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from ..files import write_atomically
-
 
 PREFIX, UNFINISHED = "checkpoint-", ".unfinished-checkpoint-"
 LATEST = "latest"
+TENSORS, NUMBERS = "state.safetensors", "state.json"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -37,7 +36,7 @@ def find_checkpoint(folder: Path, name: str) -> Path:
     if name == LATEST and present:
         return present[-1]
     for path in (folder / name, Path(name)):
-        if name != LATEST and (path / "state.json").is_file():
+        if name != LATEST and (path / NUMBERS).is_file():
             return path
     names = ", ".join(path.name for path in present) or "none"
     raise FileNotFoundError(f"`resume_from_checkpoint` {name!r} is not a checkpoint in {folder}. There are: {names}.")
@@ -54,18 +53,20 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
         shutil.rmtree(leftover)
     try:
         unfinished.mkdir(parents=True)
-        write_atomically(unfinished / "state.safetensors", safetensors.torch.save(tensors))
-        write_atomically(unfinished / "state.json", json.dumps(state).encode())
+        safetensors.torch.save_file(tensors, unfinished / TENSORS)
+        (unfinished / NUMBERS).write_text(json.dumps(state))
+        for file in unfinished.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
         if target.exists():
             _discard(target)
         os.rename(unfinished, target)
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         kept = list_checkpoints(folder)
         raise OSError(
-            error.errno,
-            f"Checkpoint {target} could not be written ({error.strerror}); the last whole one is"
-            f" {kept[-1] if kept else 'none'}. Free some space, then resume.",
+            f"Checkpoint {target} could not be written ({error}); the last whole one is"
+            f" {kept[-1] if kept else 'none'}. Free some space, then resume."
         ) from error
     for old in list_checkpoints(folder)[:-limit] if limit else []:
         _discard(old)
@@ -87,7 +88,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         # clones: tensors in the file's alignment would be rounded differently by some CPU kernels
-        tensors = {key: t.clone() for key, t in safetensors.torch.load_file(path / "state.safetensors").items()}
-        return tensors, json.loads((path / "state.json").read_text())
+        tensors = {key: t.clone() for key, t in safetensors.torch.load_file(path / TENSORS).items()}
+        return tensors, json.loads((path / NUMBERS).read_text())
     except (safetensors.SafetensorError, json.JSONDecodeError, FileNotFoundError) as error:
         raise ValueError(f"The checkpoint {path} is damaged ({error}): resume from an older one.") from error

@@ -1,8 +1,8 @@
 """The settings of a training run; `HfArgumentParser` makes the command line of this dataclass."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from diffusers.optimization import SchedulerType
 
@@ -19,8 +19,9 @@ from ..stochastic_approximation import GRADIENTS, SIMULATION_PRIORS
 POWER_LAW = "power_law"
 # what may differ between the parts of a resumed run
 INCIDENTAL = (
-    "output_dir overwrite_output_dir num_eval_samples num_eval_steps logger logging_steps logging_dir"
-    " checkpointing_steps checkpoints_total_limit resume_from_checkpoint"
+    "output_dir overwrite_output_dir cache_dir num_eval_samples num_eval_steps eval_batch_size"
+    " ddpm_num_inference_steps validation_steps logger logging_steps logging_dir checkpointing_steps"
+    " checkpoints_total_limit resume_from_checkpoint"
 ).split()
 BASELINES = ("none", "sgm")
 LAMBDA_PER = ("all", "channel", "element")
@@ -41,6 +42,7 @@ class TrainingConfig:
     num_train_samples: int = _setting(100_000, "Points drawn from a toy distribution as the training set.")
     dataset_config_name: str = _setting("", "Configuration of the data set on the Hub.")
     train_data_dir: str = _setting("", "Folder of images or of parquet files, instead of a name.")
+    cache_dir: str = _setting("", "Folder for downloaded data sets, instead of the library's own.")
     image_column: str = _setting("", "Column of the images; by default image, img, images or pixel_values.")
     channels: int = _setting(3, "Channels of images: 1 for grayscale, 3 for colour, or as many as arrays have.")
     resolution: int = _setting(0, "Size that images are resized and cropped to; 0 to take them as they are.")
@@ -55,7 +57,7 @@ class TrainingConfig:
     )
     standardize: bool = _setting(False, "Train on data of mean 0 and standard deviation 1 in each dimension.")
     prior_type: str = _setting("marginal", "Law of the first sample.", PRIORS)
-    beta_schedule: str = _setting(POWER_LAW, "Table of betas.", (POWER_LAW, *BETA_SCHEDULES))
+    ddpm_beta_schedule: str = _setting(POWER_LAW, "Table of betas.", (POWER_LAW, *BETA_SCHEDULES))
     beta_min: float = _setting(0.1, "Smallest rate of the power law, per unit of time.")
     beta_max: float = _setting(10.0, "Largest rate of the power law, per unit of time.")
     beta_power: float = _setting(1.7, "Exponent of the power law.")
@@ -72,6 +74,7 @@ class TrainingConfig:
     model_width: int = _setting(128, "Width of the mlp's hidden layers.")
     model_num_blocks: int = _setting(3, "Residual blocks of the mlp.")
     max_train_steps: int = _setting(12_000, "Gradient steps.")
+    num_epochs: int = _setting(0, "Passes over the data, instead of a number of steps.")
     train_batch_size: int = _setting(512, "Samples in a batch, per process.")
     gradient_accumulation_steps: int = _setting(1, "Batches whose gradients are added up for a step.")
     learning_rate: float = _setting(2e-3, "Peak learning rate of AdamW.")
@@ -79,6 +82,9 @@ class TrainingConfig:
         "cosine", "Learning-rate schedule, as in Diffusers.", [s.value for s in SchedulerType]
     )
     lr_warmup_steps: int = _setting(200, "Steps over which the learning rate rises.")
+    adam_beta1: float = _setting(0.9, "Decay of AdamW's mean gradient.")
+    adam_beta2: float = _setting(0.999, "Decay of AdamW's mean squared gradient.")
+    adam_epsilon: float = _setting(1e-8, "Added to AdamW's root mean square.")
     adam_weight_decay: float = _setting(1e-6, "Weight decay of AdamW.")
     max_grad_norm: float = _setting(1.0, "Largest norm of the gradient.")
     weighting: str = _setting("simple", "Weighting of the score matching loss.", WEIGHTINGS)
@@ -102,6 +108,9 @@ class TrainingConfig:
     # evaluation and logging
     num_eval_samples: int = _setting(3000, "Samples for the metrics; 0 for no evaluation.")
     num_eval_steps: int = _setting(99, "Euler steps, at most, of the probability flow for the metrics.")
+    validation_steps: int = _setting(0, "Steps between two pictures of samples while training; 0 for none.")
+    eval_batch_size: int = _setting(64, "Images in a picture of samples.")
+    ddpm_num_inference_steps: int = _setting(0, "Steps of the solver for such a picture; 0 for the default, 50.")
     mixed_precision: str = _setting("no", "Precision of training, as in Accelerate.", ("no", "fp16", "bf16"))
     logger: str = _setting("none", "Where to log while training.", ("none", "tensorboard", "wandb"))
     logging_steps: int = _setting(50, "Steps between two log entries.")
@@ -123,13 +132,14 @@ class TrainingConfig:
         positive = (
             "num_train_samples ddpm_num_steps model_width max_train_steps train_batch_size learning_rate max_grad_norm"
             " logging_steps beta_min sa_trajectories sa_step_scale num_eval_steps gradient_accumulation_steps"
+            " eval_batch_size"
         )
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         if self.seed < 0:
             raise ValueError(f"`seed` must not be negative, got {self.seed}.")
-        if self.beta_schedule == POWER_LAW and not self.beta_min <= self.beta_max:
+        if self.ddpm_beta_schedule == POWER_LAW and not self.beta_min <= self.beta_max:
             raise ValueError(f"`beta_max` {self.beta_max} must not be below `beta_min` {self.beta_min}.")
         if not 0.5 < self.sa_step_power <= 1:
             raise ValueError(f"`sa_step_power` must lie in (0.5, 1], got {self.sa_step_power}.")
@@ -161,6 +171,23 @@ class TrainingConfig:
         if self.baseline == "sgm":
             return frozenset()
         return frozenset(round(self.adaptive_steps * j / (self.sa_stages + 1)) for j in range(1, self.sa_stages + 1))
+
+    def for_data(self, num_samples: int, num_processes: int = 1) -> Self:
+        """These settings with `num_epochs`, if given, as a number of gradient steps.
+
+        Raises:
+            ValueError: The data are less than a batch on every process, or an epoch less than a step.
+        """
+        whole_batch = self.train_batch_size * num_processes
+        if num_samples < whole_batch:
+            raise ValueError(
+                f"The data set has {num_samples} samples, less than a batch on each process ({whole_batch}): lower"
+                " `train_batch_size`."
+            )
+        if not self.num_epochs:
+            return self
+        steps = self.num_epochs * (num_samples // whole_batch) // self.gradient_accumulation_steps
+        return replace(self, num_epochs=0, max_train_steps=steps)
 
     def identity(self) -> dict[str, Any]:
         """The settings that make the run what it is: all that a resumed part must share."""

@@ -1,5 +1,6 @@
 """Algorithm 1 over Accelerate: score matching, and every so often a stage of stochastic approximation."""
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
@@ -19,9 +21,11 @@ from tqdm.auto import tqdm
 from ..normalizer import DataNormalizer
 from ..objectives import denoising_score_matching
 from ..pipelines import VSDMPipeline
+from ..schedulers import VSDMScheduler
 from ..stochastic_approximation import StageOutput, StochasticApproximation
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
+from .pictures import picture_samples
 from .setup import build_data, build_network, build_scheduler, moment_samples
 
 
@@ -74,11 +78,14 @@ class Trainer:
         config ([`TrainingConfig`]): The settings.
 
     Raises:
-        ValueError: The data cannot be had or does not fit; see [`setup`].
+        ValueError: The data cannot be had or does not fit (see [`setup`]), or the machine lacks the precision.
+
+    Attributes:
+        config: The settings, with the number of steps where epochs were given.
+        network, drift, scheduler, normalizer: The model that is trained.
     """
 
     def __init__(self, config: TrainingConfig):
-        self.config = config
         self.folder = Path(config.output_dir)
         set_seed(config.seed)
         self.accelerator = Accelerator(
@@ -91,7 +98,13 @@ class Trainer:
                 project_dir=str(self.folder), logging_dir=str(self.folder / config.logging_dir)
             ),
         )
+        if config.mixed_precision == "fp16" and self.accelerator.scaler is None:
+            # Accelerate would go on in float32, silently
+            raise ValueError(
+                f"`mixed_precision` 'fp16' needs a GPU, not {self.accelerator.device.type!r}: use 'bf16' or 'no'."
+            )
         data = build_data(config)
+        self.config = config = config.for_data(len(data), self.accelerator.num_processes)
         samples = moment_samples(data, config.seed)
         self.normalizer: DataNormalizer | None = None
         if config.standardize:
@@ -102,7 +115,11 @@ class Trainer:
         self.scheduler, self.drift = build_scheduler(config, samples)
         self.network = build_network(config, data.event_shape)
         self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=config.learning_rate, weight_decay=config.adam_weight_decay
+            self.network.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.adam_weight_decay,
         )
         # stepped by hand, once for each step of the optimizer, whatever the processes and the accumulation
         self.lr_scheduler = get_scheduler(
@@ -178,6 +195,8 @@ class Trainer:
             bar.update()
             if self.step % config.logging_steps == 0 or self.step == config.max_train_steps:
                 self._log(bar)
+            if config.validation_steps and self.step % config.validation_steps == 0:
+                self._validate()
             self.seconds = time.perf_counter() - started
             if config.checkpointing_steps and self.step % config.checkpointing_steps == 0:
                 self.save()
@@ -213,7 +232,8 @@ class Trainer:
                 self.prepared_optimizer.step()
                 self.prepared_optimizer.zero_grad()
             total += loss.detach() / self.config.gradient_accumulation_steps
-        self.lr_scheduler.step()
+        if not self.accelerator.optimizer_step_was_skipped:  # a gradient that overflowed in fp16
+            self.lr_scheduler.step()
         if self.ema is not None:
             self.ema.step(self.network.parameters())
         self.losses = [*self.losses[1 - LOSS_WINDOW :], total]
@@ -249,28 +269,54 @@ class Trainer:
     def _stage(self) -> StageOutput:
         """Stochastic approximation: simulate with the network as it is, step lambda."""
         started = time.perf_counter()
-        accelerator, network = self.accelerator, self.network.eval()  # without a distributed wrapper
-        if self.ema is not None:
-            self.ema.store(network.parameters())
-            self.ema.copy_to(network.parameters())
-        output = self.approximation.update(
-            lambda x, k: self.scheduler.get_score(network(x, k).sample, k, x),
-            device=accelerator.device,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            reduce_sum=lambda tensor: accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu(),
-        )
-        if self.ema is not None:
-            self.ema.restore(network.parameters())
-        network.train()
+        accelerator = self.accelerator
+        with self._averaged_network() as network:
+            output = self.approximation.update(
+                lambda x, k: self.scheduler.get_score(network(x, k).sample, k, x),
+                device=accelerator.device,
+                process_index=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+                reduce_sum=lambda tensor: accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu(),
+            )
         self.sa_seconds += time.perf_counter() - started
         self.lambdas.append(output.lam)
         moments = {f"moment/{i}": value for i, value in enumerate(output.score_x.flatten()[:8].tolist())}
         accelerator.log(moments, step=self.step)
         return output
 
+    def _validate(self) -> None:
+        """A picture of samples of the model as it is: a file, and an image in the log."""
+        if self.accelerator.is_main_process:
+            scheduler = VSDMScheduler.from_config(self.scheduler.config)  # the drift comes along, copied
+            config = self.config
+            with self._averaged_network() as network:
+                picture = picture_samples(
+                    VSDMPipeline(network, scheduler, self.normalizer),
+                    config.num_eval_samples if config.is_toy else config.eval_batch_size,
+                    config.ddpm_num_inference_steps or None,
+                )
+            file = self.folder / "validation" / f"step-{self.step}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(file)
+            for tracker in self.accelerator.trackers:
+                form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": np.asarray(picture)[None]}, step=self.step, **form)
+        self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _averaged_network(self) -> Iterator[torch.nn.Module]:
+        """The network in evaluation, with its averaged weights and without a distributed wrapper."""
+        network = self.network.eval()
+        if self.ema is not None:
+            self.ema.store(network.parameters())
+            self.ema.copy_to(network.parameters())
+        yield network
+        if self.ema is not None:
+            self.ema.restore(network.parameters())
+        network.train()
+
     def _new_ema(self, decay: float) -> EMAModel | None:
-        return EMAModel(self.network.parameters(), decay=decay) if self.config.use_ema else None
+        return EMAModel(self.network.parameters(), decay=decay, foreach=True) if self.config.use_ema else None
 
     def _log(self, bar: tqdm) -> None:
         loss = torch.stack(self.losses).mean().item()

@@ -44,26 +44,23 @@ def build_data(config: TrainingConfig) -> Any:
     """The training set, with `event_shape` and batched access.
 
     Raises:
-        ValueError: It cannot be had, is damaged, or is smaller than a batch.
+        ValueError: It cannot be had, or is damaged.
     """
     if config.is_toy:
         generator = torch.Generator().manual_seed(config.seed)
-        data: Any = VectorDataset(sample_toy(config.dataset_name, config.num_train_samples, generator))
-    else:
-        try:
-            data = load_images(
-                config.train_data_dir or config.dataset_name,
-                config.image_column or None,
-                config.channels,
-                config.resolution or None,
-                config.max_train_samples or None,
-                config.dataset_config_name or None,
-            )
-        except ValueError as error:
-            raise ValueError(f"{error} (The toys are {', '.join(TOYS)}.)") from error
-    if len(data) < config.train_batch_size:
-        raise ValueError(f"The data set has {len(data)} samples, less than a batch: lower `train_batch_size`.")
-    return data
+        return VectorDataset(sample_toy(config.dataset_name, config.num_train_samples, generator))
+    try:
+        return load_images(
+            config.train_data_dir or config.dataset_name,
+            config.image_column or None,
+            config.channels,
+            config.resolution or None,
+            config.max_train_samples or None,
+            config.dataset_config_name or None,
+            config.cache_dir or None,
+        )
+    except ValueError as error:
+        raise ValueError(f"{error} (The toys are {', '.join(TOYS)}.)") from error
 
 
 def moment_samples(data: Any, seed: int) -> Tensor:
@@ -114,7 +111,7 @@ def build_scheduler(config: TrainingConfig, samples: Tensor) -> tuple[VSDMSchedu
             )
         settings.pop("clip_sample")
         scheduler = VSDMScheduler.from_config(stored, **settings)
-    elif config.beta_schedule == POWER_LAW:
+    elif config.ddpm_beta_schedule == POWER_LAW:
         settings["prediction_type"] = config.prediction_type
         scheduler = VSDMScheduler.from_power_law(
             config.beta_min, config.beta_max, config.beta_power, config.ddpm_num_steps, **settings
@@ -122,7 +119,7 @@ def build_scheduler(config: TrainingConfig, samples: Tensor) -> tuple[VSDMSchedu
     else:
         scheduler = VSDMScheduler(
             num_train_timesteps=config.ddpm_num_steps,
-            beta_schedule=config.beta_schedule,
+            beta_schedule=config.ddpm_beta_schedule,
             prediction_type=config.prediction_type,
             **settings,
         )

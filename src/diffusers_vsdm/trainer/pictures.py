@@ -1,0 +1,101 @@
+"""Pictures of a model: its samples, the paths to them, and the drift over the stages."""
+
+import math
+
+import numpy as np
+import torch
+from diffusers.utils import make_image_grid
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from ..pipelines import VSDMPipeline
+
+
+# far from the seeds that users give to training
+EVALUATION_SEED = 1_000_003
+FEW = 8  # so many lambdas are drawn or listed one by one
+LEAST_SIDE = 512  # pixels; smaller grids are enlarged by a whole number
+
+
+def picture_samples(pipeline: VSDMPipeline, num_samples: int, num_steps: int | None = None) -> Image.Image:
+    """Samples of a model: a grid of images as nearly square as can be, or the first two dimensions of vectors.
+
+    Args:
+        pipeline: The model; its scheduler's timesteps are set anew.
+        num_samples: Number of samples.
+        num_steps: Steps of the solver; by default the pipeline's.
+
+    Returns:
+        A picture in RGB. Images whose channels are neither gray nor colours show their first channel.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator(pipeline.unet.device).manual_seed(EVALUATION_SEED)
+    (samples,) = pipeline(num_samples, generator, num_steps, output_type="np", return_dict=False)
+    if samples.ndim == 2:
+        figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+        axes = figure.subplots()
+        axes.scatter(samples[:, 0], samples[:, 1], s=1.5, linewidths=0, color="tab:blue")
+        return as_picture(figure)
+    shown = samples if samples.shape[-1] == 3 else samples[..., :1]
+    rows = max(n for n in range(1, math.isqrt(num_samples) + 1) if num_samples % n == 0)
+    grid = make_image_grid(VSDMPipeline.numpy_to_pil(shown), rows, num_samples // rows)
+    scale = math.ceil(LEAST_SIDE / max(grid.size))
+    return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
+
+
+def as_picture(figure: Figure) -> Image.Image:
+    """A figure as pixels, in RGB."""
+    figure.set_dpi(110)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def summary(lam: Tensor) -> list[float]:
+    """Lambda itself where it is short, else its quantiles 0, 1/4, 1/2, 3/4 and 1."""
+    flat = lam.flatten()
+    return (flat if len(flat) <= FEW else flat.quantile(torch.linspace(0, 1, 5, dtype=flat.dtype))).tolist()
+
+
+def picture_drift(lambdas: Tensor, final: Tensor, scale: float) -> Image.Image:
+    r"""$\lambda$ (times `scale`) over the stages as Figure 9 of the paper: each dimension, or quantiles of many."""
+    short = final.numel() <= FEW
+    names = [f"dimension {i}" for i in range(final.numel())] if short else ["least", "1/4", "median", "3/4", "largest"]
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    stages = torch.tensor([summary(stage) for stage in lambdas])
+    for name, values, end in zip(names, stages.T, summary(final), strict=True):
+        (line,) = axes.plot(values, label=name)
+        axes.axhline(end, color=line.get_color(), linestyle=":", linewidth=1)
+    axes.set_xlabel("stage of stochastic approximation")
+    axes.set_ylabel(r"$\lambda$" if scale == 1 else r"$\lambda \, \beta_{\max}$")
+    axes.set_ylim(bottom=0)
+    axes.legend(title="dotted: average, frozen", fontsize="small", title_fontsize="small")
+    return as_picture(figure)
+
+
+def picture_paths(data: Tensor, paths: Tensor) -> Image.Image:
+    """Data, samples, and some paths of the probability flow, on the same axes.
+
+    Args:
+        data: `(n, d)`.
+        paths: `(num_times, n, d)`, from noise to samples.
+    """
+    figure = Figure(figsize=(10.5, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3, sharex=True, sharey=True)
+    for axes, points, title in ((panels[0], data, "data"), (panels[1], paths[-1], "samples")):
+        axes.scatter(*points[:, :2].T, s=1.5, linewidths=0, color="tab:blue")
+        axes.set_title(title)
+    some = paths[:, :60, :2]
+    panels[2].plot(some[:, :, 0], some[:, :, 1], color="0.6", linewidth=0.6)
+    panels[2].scatter(*some[0].T, s=5, color="tab:orange", label="noise", zorder=2)
+    panels[2].scatter(*some[-1].T, s=5, color="tab:blue", label="samples", zorder=3)
+    panels[2].set_title("probability flow")
+    panels[2].legend(fontsize="small", markerscale=2)
+    low, high = data[:, :2].quantile(0.001, dim=0), data[:, :2].quantile(0.999, dim=0)
+    margin = 0.15 * (high - low)
+    panels[0].set_xlim(float(low[0] - margin[0]), float(high[0] + margin[0]))
+    panels[0].set_ylim(float(low[1] - margin[1]), float(high[1] + margin[1]))
+    return as_picture(figure)

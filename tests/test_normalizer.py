@@ -27,7 +27,7 @@ def test_pools_dimensions():
     [
         (torch.ones(10, 2), None, "does not vary"),
         (torch.full((10, 2), float("nan")), None, "NaN"),
-        (torch.randn(1, 2), None, "two samples"),
+        (torch.randn(1, 2), None, "Two samples"),
         (torch.randn(10, 2), (3,), "broadcast"),
         (torch.randn(10, 2), (1, 2), "broadcast"),
     ],

@@ -182,6 +182,26 @@ def test_scaled_input_is_the_sample():
     assert VSDMScheduler().scale_model_input(x, 0.0) is x
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.floats(1e-3, 20), min_size=4, max_size=4),
+    st.floats(0.1, 10),
+    st.integers(0, 2**31),
+    st.sampled_from([torch.float32, torch.float16]),
+)
+def test_scales_of_every_dimension_are_those_of_double_precision(lam, beta_max, seed, dtype):
+    scheduler = VSDMScheduler.from_power_law(beta_max=beta_max)
+    drift = AdaptiveDiagonalDrift((4,))
+    drift.set_lambda(torch.tensor(lam, dtype=torch.float64))
+    scheduler.set_drift(drift)
+    k = torch.randint(100, (16,), generator=torch.Generator().manual_seed(seed))
+    a, s = scheduler.marginal_scales(torch.zeros(16, 4, dtype=dtype), k)
+    g = scheduler.integrated_beta[k].reshape(-1, 1)
+    assert a.dtype == s.dtype == torch.float32
+    torch.testing.assert_close(a.double(), process.mean_scale(drift.lam, g), rtol=2e-5, atol=1e-38)
+    torch.testing.assert_close(s.double(), process.std(drift.lam, g), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_follows_float32(dtype):
     scheduler = quiet(drifting(solver="ddim"))

@@ -3,7 +3,7 @@ r"""The learned linear drift of the forward process: $D = I - 2A = \mathrm{diag}
 import hashlib
 import json
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .bases import Basis, CosineBasis, IdentityBasis, cosine_matrix, principal_axes
 from .files import write_atomically
-from .statistics import Statistics
+from .statistics import Moments, Statistics, as_batches
 
 
 BASES = ("identity", "dct")
@@ -159,27 +159,35 @@ class AdaptiveDiagonalDrift(Statistics):
             raise ValueError(f"`which` must be one of {AVERAGES}, got {which!r}.")
         return getattr(self, f"lam_{which}").clone()
 
-    def fit_moments(self, data: Tensor) -> None:
-        """Set the data's moments from samples of shape `(n, *event_shape)`, n at least 2.
+    def fit_moments(self, data: Tensor | Iterable[Tensor]) -> None:
+        """Set the data's moments from samples of shape `(n, *event_shape)`, or from batches of them.
 
-        In the `dct` basis the channels are turned to their principal axes first, so lambda must still be neutral.
+        In the `dct` basis the channels are first turned to their principal axes, those of the first batch, so lambda
+        must still be neutral.
+
+        Raises:
+            ValueError: The samples have another shape, are fewer than two or not finite; or lambda is not neutral.
         """
-        if tuple(data.shape[1:]) != self.event_shape or len(data) < 2:
+        if self.config["basis"] == "dct" and not self.is_neutral:
             raise ValueError(
-                f"`data` must have shape (n, {', '.join(map(str, self.event_shape))}) with n at least 2, got"
-                f" {tuple(data.shape)}."
+                "The moments turn the basis, so fit them before lambda is learned: it would change meaning."
             )
-        if not torch.isfinite(data).all():
-            raise ValueError("`data` holds NaN or infinite values: remove them before fitting.")
-        if self.config["basis"] == "dct":
-            if not self.is_neutral:
+        moments = Moments(self._in_basis(as_batches(data)))
+        mean, variance = moments.pooled(self.event_shape)
+        self.data_mean.copy_(mean)
+        self.data_variance.copy_(variance)
+
+    def _in_basis(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Batches in float64 and in the basis, whose channels the first of them turns."""
+        for i, batch in enumerate(batches):
+            if tuple(batch.shape[1:]) != self.event_shape:
                 raise ValueError(
-                    "The moments turn the basis, so fit them before lambda is learned: it would change meaning."
+                    f"`data` must have shape (n, {', '.join(map(str, self.event_shape))}), got {tuple(batch.shape)}."
                 )
-            self.rotation.copy_(principal_axes(data))
-        data = self.basis().to_basis(data.detach().to("cpu", torch.float64))
-        self.data_mean.copy_(data.mean(0))
-        self.data_variance.copy_(data.var(0))
+            batch = batch.detach().to("cpu", torch.float64)
+            if i == 0 and self.config["basis"] == "dct":
+                self.rotation.copy_(principal_axes(batch))
+            yield self.basis().to_basis(batch)
 
     def version(self) -> Hashable:
         """Something that changes whenever a tensor is changed in place, for those who keep what they computed."""

@@ -1,10 +1,12 @@
 """Standardising data: an optional component of a pipeline, so that a swap of schedulers changes no units."""
 
+from collections.abc import Iterable
+
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .statistics import Statistics
+from .statistics import Moments, Statistics
 
 
 class DataNormalizer(Statistics):
@@ -30,32 +32,30 @@ class DataNormalizer(Statistics):
         self.register_buffer("std", torch.ones(tuple(shape)))
 
     @classmethod
-    def from_data(cls, data: Tensor, shape: tuple[int, ...] | None = None) -> "DataNormalizer":
+    def from_data(cls, data: Tensor | Iterable[Tensor], shape: tuple[int, ...] | None = None) -> "DataNormalizer":
         """Fit to samples of shape `(n, *event_shape)`.
 
         Args:
-            data (`Tensor`): At least two samples.
+            data (`Tensor` or batches of them): At least two samples.
             shape (`tuple[int, ...]`, *optional*): Shape of the statistics; dimensions of size 1 are pooled. Defaults
                 to the shape of one sample.
 
         Raises:
             ValueError: Fewer than two samples, values that are not finite, or a dimension that does not vary.
         """
-        event_shape = tuple(data.shape[1:])
+        moments = Moments(data)
+        event_shape = tuple(moments.mean.shape)
         shape = event_shape if shape is None else tuple(shape)
         if len(shape) != len(event_shape) or any(
             n not in (1, size) for n, size in zip(shape, event_shape, strict=True)
         ):
             raise ValueError(f"`shape` {shape} does not broadcast to samples of shape {event_shape}.")
-        if len(data) < 2 or not torch.isfinite(data).all():
-            raise ValueError("`data` must hold at least two samples and neither NaN nor infinite values.")
-        pooled = [0] + [dim + 1 for dim, (n, size) in enumerate(zip(shape, event_shape, strict=True)) if n != size]
-        std, mean = torch.std_mean(data.cpu().double(), pooled, keepdim=True)
-        if not (std > 0).all():
+        mean, variance = moments.pooled(shape)
+        if not (variance > 0).all():
             raise ValueError("`data` has a dimension that does not vary: drop it, or pool it with others by `shape`.")
         normalizer = cls(shape)
-        normalizer.mean.copy_(mean[0])
-        normalizer.std.copy_(std[0])
+        normalizer.mean.copy_(mean)
+        normalizer.std.copy_(variance.sqrt())
         return normalizer
 
     def normalize(self, data: Tensor) -> Tensor:

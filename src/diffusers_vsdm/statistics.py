@@ -1,8 +1,59 @@
-"""Tensors that are measured and not trained, and keep their precision when a pipeline is cast."""
+"""What is measured and not trained: moments of data, and modules that keep them exact when a pipeline is cast.
 
+References:
+    Chan, Golub, LeVeque (1983), "Algorithms for Computing the Sample Variance", The American Statistician.
+"""
+
+from collections.abc import Iterable
 from typing import Any, Self
 
+import torch
 from diffusers import ConfigMixin, ModelMixin
+from torch import Tensor
+
+
+class Moments:
+    """Mean and variance of samples that come in batches, in float64 and without cancellation (Chan et al. 1983).
+
+    Args:
+        batches: Tensors `(n, *event_shape)`, or one such tensor; they hold two samples or more altogether.
+
+    Attributes:
+        count: Number of samples.
+        mean: Shape `event_shape`.
+        squares: Sum of squared deviations from the mean, shape `event_shape`.
+
+    Raises:
+        ValueError: Fewer than two samples, or values that are not finite.
+    """
+
+    def __init__(self, batches: Tensor | Iterable[Tensor]):
+        self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
+        for batch in as_batches(batches):
+            batch = batch.detach().to("cpu", torch.float64)
+            mean = batch.mean(0)
+            squares = (batch - mean).square().sum(0)
+            if not torch.isfinite(squares).all():
+                raise ValueError("The data hold NaN or infinite values: remove them.")
+            delta, total = mean - self.mean, self.count + len(batch)
+            self.mean = self.mean + delta * (len(batch) / total)
+            self.squares = self.squares + squares + delta.square() * (self.count * len(batch) / total)
+            self.count = total
+        if self.count < 2:
+            raise ValueError(f"Two samples or more are needed, got {self.count}.")
+
+    def pooled(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Mean and unbiased variance with dimensions pooled where `shape` is 1, each of that shape."""
+        dims = [dim for dim, (n, size) in enumerate(zip(shape, self.mean.shape, strict=True)) if n != size]
+        mean = self.mean.mean(dims, keepdim=True) if dims else self.mean
+        squares = self.squares + self.count * (self.mean - mean).square()
+        squares = squares.sum(dims, keepdim=True) if dims else squares
+        return mean, squares / (self.count * (self.mean.numel() // mean.numel()) - 1)
+
+
+def as_batches(data: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+    """A tensor is one batch."""
+    return (data,) if isinstance(data, Tensor) else data
 
 
 class Statistics(ModelMixin, ConfigMixin):

@@ -28,6 +28,7 @@ from .tables import LEARNED, VARIANCE_TYPES, StepTables, learned_std, make_table
 PRIORS = ("conditional", "marginal")
 FINAL_SIGMAS = ("zero", "sigma_min")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+MARGINAL_SCALES = (process.mean_scale, process.std)
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -187,7 +188,9 @@ class VSDMScheduler(DriftOwner):
         """Lambda in float64; a scalar where it is the same for all dimensions."""
         if self._drift is None:
             return torch.ones((), dtype=torch.float64)
-        return self._drift.lam.reshape(()) if self._drift.lam.numel() == 1 else self._drift.lam
+        lam = self._drift.lam
+        one = lam.flatten()[0]
+        return self._cached("lam", lambda: one.clone() if (lam == one).all() else lam)
 
     def _g(self, k: np.ndarray | Tensor, lam: Tensor) -> Tensor:
         """The integrated beta at training times `k` (-1 is the data), shaped to broadcast against `lam`."""
@@ -321,14 +324,6 @@ class VSDMScheduler(DriftOwner):
 
     def _marginal(self, timesteps: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The scales a and s at a batch of training times, shaped to broadcast against `like`."""
-
-        def make() -> tuple[Tensor, Tensor]:
-            lam = self._lam()
-            g = self._g(np.arange(len(self)), lam)
-            dtype = torch.float32 if like.dtype.itemsize < 4 else like.dtype
-            a, s = process.mean_scale(lam, g), process.std(lam, g)
-            return a.to(like.device, dtype), s.to(like.device, dtype)
-
         timesteps = torch.as_tensor(timesteps).reshape(-1)
         if timesteps.is_floating_point() or timesteps.numel() not in (1, len(like)):
             raise ValueError(
@@ -338,9 +333,21 @@ class VSDMScheduler(DriftOwner):
         if timesteps.device.type == "cpu" and not ((timesteps >= 0) & (timesteps < len(self))).all():
             raise ValueError(f"`timesteps` must lie in [0, {len(self)}), got {timesteps.tolist()}.")
         timesteps = timesteps.to(like.device)
-        tables = self._cached(("marginal", like.device, like.dtype), make)
-        shape = [-1, *[1] * (like.ndim - 1)] if tables[0].ndim == 1 else [-1, *tables[0].shape[1:]]
-        return tables[0][timesteps].reshape(shape), tables[1][timesteps].reshape(shape)
+        dtype = torch.float32 if like.dtype.itemsize < 4 else like.dtype
+        lam, ones = self._lam(), [1] * (like.ndim - 1)
+        if lam.ndim == 0:
+            a, s = self._cached(
+                ("marginal", like.device, dtype),
+                lambda: tuple(f(lam, self.integrated_beta).to(like.device, dtype) for f in MARGINAL_SCALES),
+            )
+            return a[timesteps].reshape(-1, *ones), s[timesteps].reshape(-1, *ones)
+        # no table here: it would be N times as large as a sample
+        lam, g = self._cached(
+            ("clock", like.device, dtype),
+            lambda: tuple(x.to(like.device, dtype) for x in (lam, self.integrated_beta)),
+        )
+        a, s = (f(lam, g[timesteps].reshape(-1, *ones)) for f in MARGINAL_SCALES)
+        return a, s
 
     def _check_event(self, sample: Tensor, name: str = "sample") -> None:
         if self._drift is not None and tuple(sample.shape[1:]) != self._drift.event_shape:
@@ -375,7 +382,7 @@ class VSDMScheduler(DriftOwner):
 
         Where lambda is one number the process is the same in every basis, and this is the identity.
         """
-        if self._drift is None or self._drift.lam.numel() == 1:
+        if self._drift is None or self._lam().ndim == 0:
             return IdentityBasis()
         drift = self._drift
         return self._cached(("basis", like.device, like.dtype), lambda: drift.basis(like.device, like.dtype))

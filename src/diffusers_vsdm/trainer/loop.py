@@ -26,7 +26,7 @@ from ..stochastic_approximation import StageOutput, StochasticApproximation
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .pictures import picture_samples
-from .setup import build_data, build_network, build_scheduler, moment_samples
+from .setup import as_it_is, build_data, build_network, build_scheduler, moment_batches
 
 
 LOSS_WINDOW = 100
@@ -105,14 +105,15 @@ class Trainer:
             )
         data = build_data(config)
         self.config = config = config.for_data(len(data), self.accelerator.num_processes)
-        samples = moment_samples(data, config.seed)
+        batches = moment_batches(data, config.seed, config.dataloader_num_workers)
         self.normalizer: DataNormalizer | None = None
         if config.standardize:
-            per_channel = samples.shape[1:2] + (1,) * (samples.ndim - 2)
-            self.normalizer = DataNormalizer.from_data(samples, per_channel)
-            samples = self.normalizer.normalize(samples)
+            normalizer = DataNormalizer.from_data(batches, data.event_shape[:1] + (1,) * (len(data.event_shape) - 1))
+            batches = (normalizer.normalize(batch) for batch in batches)
+            self.normalizer = normalizer
+        self.scheduler, self.drift = build_scheduler(config, data.event_shape, batches)
+        if self.normalizer is not None:
             self.normalizer.to(self.accelerator.device)
-        self.scheduler, self.drift = build_scheduler(config, samples)
         self.network = build_network(config, data.event_shape)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
@@ -134,7 +135,7 @@ class Trainer:
             batch_size=config.train_batch_size,
             sampler=self.sampler,
             drop_last=True,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             num_workers=config.dataloader_num_workers,
         )
         self.model, self.prepared_optimizer, self.loader = self.accelerator.prepare(
@@ -406,10 +407,6 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, (int, float, bool)) or (
         isinstance(value, list) and all(isinstance(x, (int, float)) for x in value)
     )
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def train(config: TrainingConfig) -> TrainingResult:

@@ -1,12 +1,11 @@
 """Pictures of a model: its samples, the paths to them, and the drift over the stages."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers.utils import make_image_grid
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -34,10 +33,10 @@ def picture_samples(pipeline: VSDMPipeline, num_samples: int, num_steps: int | N
     generator = torch.Generator(pipeline.unet.device).manual_seed(EVALUATION_SEED)
     (samples,) = pipeline(num_samples, generator, num_steps, output_type="np", return_dict=False)
     if samples.ndim == 2:
-        figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+        figure = _figure(4.5, 4.5)
         axes = figure.subplots()
         axes.scatter(samples[:, 0], samples[:, 1], s=1.5, linewidths=0, color="tab:blue")
-        return as_picture(figure)
+        return _as_picture(figure)
     shown = samples if samples.shape[-1] == 3 else samples[..., :1]
     rows = max(n for n in range(1, math.isqrt(num_samples) + 1) if num_samples % n == 0)
     grid = make_image_grid(VSDMPipeline.numpy_to_pil(shown), rows, num_samples // rows)
@@ -45,9 +44,16 @@ def picture_samples(pipeline: VSDMPipeline, num_samples: int, num_steps: int | N
     return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
 
 
-def as_picture(figure: Figure) -> Image.Image:
-    """A figure as pixels, in RGB."""
-    figure.set_dpi(110)
+def _figure(width: float, height: float) -> Any:
+    """An empty figure; pyplot, and with it the user's choice of a backend, is left alone."""
+    from matplotlib.figure import Figure  # here, since training does without these 20 MB
+
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def _as_picture(figure: Any) -> Image.Image:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
@@ -63,17 +69,17 @@ def picture_drift(lambdas: Tensor, final: Tensor, scale: float) -> Image.Image:
     r"""$\lambda$ (times `scale`) over the stages as Figure 9 of the paper: each dimension, or quantiles of many."""
     short = final.numel() <= FEW
     names = [f"dimension {i}" for i in range(final.numel())] if short else ["least", "1/4", "median", "3/4", "largest"]
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    figure = _figure(5, 3.2)
     axes = figure.subplots()
-    stages = torch.tensor([summary(stage) for stage in lambdas])
-    for name, values, end in zip(names, stages.T, summary(final), strict=True):
+    stages = zip(*(summary(stage) for stage in lambdas), strict=True)
+    for name, values, end in zip(names, stages, summary(final), strict=True):
         (line,) = axes.plot(values, label=name)
         axes.axhline(end, color=line.get_color(), linestyle=":", linewidth=1)
     axes.set_xlabel("stage of stochastic approximation")
     axes.set_ylabel(r"$\lambda$" if scale == 1 else r"$\lambda \, \beta_{\max}$")
     axes.set_ylim(bottom=0)
     axes.legend(title="dotted: average, frozen", fontsize="small", title_fontsize="small")
-    return as_picture(figure)
+    return _as_picture(figure)
 
 
 def picture_paths(data: Tensor, paths: Tensor) -> Image.Image:
@@ -83,19 +89,19 @@ def picture_paths(data: Tensor, paths: Tensor) -> Image.Image:
         data: `(n, d)`.
         paths: `(num_times, n, d)`, from noise to samples.
     """
-    figure = Figure(figsize=(10.5, 3.6), layout="constrained")
+    low, high = (data[:, :2].quantile(q, dim=0).tolist() for q in (0.001, 0.999))
+    some = paths[:, :60, :2].numpy()
+    figure = _figure(10.5, 3.6)
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
-    for axes, points, title in ((panels[0], data, "data"), (panels[1], paths[-1], "samples")):
+    for axes, points, title in zip(panels, (data.numpy(), paths[-1].numpy()), ("data", "samples"), strict=False):
         axes.scatter(*points[:, :2].T, s=1.5, linewidths=0, color="tab:blue")
         axes.set_title(title)
-    some = paths[:, :60, :2]
     panels[2].plot(some[:, :, 0], some[:, :, 1], color="0.6", linewidth=0.6)
     panels[2].scatter(*some[0].T, s=5, color="tab:orange", label="noise", zorder=2)
     panels[2].scatter(*some[-1].T, s=5, color="tab:blue", label="samples", zorder=3)
     panels[2].set_title("probability flow")
     panels[2].legend(fontsize="small", markerscale=2)
-    low, high = data[:, :2].quantile(0.001, dim=0), data[:, :2].quantile(0.999, dim=0)
-    margin = 0.15 * (high - low)
-    panels[0].set_xlim(float(low[0] - margin[0]), float(high[0] + margin[0]))
-    panels[0].set_ylim(float(low[1] - margin[1]), float(high[1] + margin[1]))
-    return as_picture(figure)
+    for limits, least, most in ((panels[0].set_xlim, low[0], high[0]), (panels[0].set_ylim, low[1], high[1])):
+        margin = 0.15 * (most - least)
+        limits(least - margin, most + margin)
+    return _as_picture(figure)

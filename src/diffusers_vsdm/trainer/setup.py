@@ -1,11 +1,12 @@
 """The parts of a run, made from its settings: data, network, process."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from diffusers import ModelMixin, UNet2DModel
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ..data import TOYS, sample_toy
 from ..data.images import load_images
@@ -16,7 +17,7 @@ from .config import POWER_LAW, TrainingConfig
 
 
 # enough for the moments of images: their means and variances are known to 1%
-MOMENT_SAMPLES = 10_000
+MOMENT_SAMPLES, MOMENT_BATCH = 10_000, 256
 
 
 class VectorDataset(Dataset):
@@ -63,12 +64,17 @@ def build_data(config: TrainingConfig) -> Any:
         raise ValueError(f"{error} (The toys are {', '.join(TOYS)}.)") from error
 
 
-def moment_samples(data: Any, seed: int) -> Tensor:
-    """A tensor of samples to fit moments to: all of a vector data set, a random part of many images."""
+def moment_batches(data: Any, seed: int, num_workers: int) -> Iterable[Tensor]:
+    """Batches to fit moments to: all of a vector data set, a random part of many images."""
     if isinstance(data, VectorDataset):
-        return data.data
+        return (data.data,)
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:MOMENT_SAMPLES]
-    return data.__getitems__(chosen.tolist())
+    return DataLoader(data, MOMENT_BATCH, sampler=chosen.tolist(), num_workers=num_workers, collate_fn=as_it_is)
+
+
+def as_it_is(batch: Any) -> Any:
+    """For data sets that make a batch themselves."""
+    return batch
 
 
 def build_network(config: TrainingConfig, event_shape: tuple[int, ...]) -> ModelMixin:
@@ -94,8 +100,10 @@ def build_network(config: TrainingConfig, event_shape: tuple[int, ...]) -> Model
     return network
 
 
-def build_scheduler(config: TrainingConfig, samples: Tensor) -> tuple[VSDMScheduler, AdaptiveDiagonalDrift]:
-    """The process of a run, and its neutral drift that knows the moments of `samples` (model units)."""
+def build_scheduler(
+    config: TrainingConfig, event_shape: tuple[int, ...], batches: Iterable[Tensor]
+) -> tuple[VSDMScheduler, AdaptiveDiagonalDrift]:
+    """The process of a run, and its neutral drift that knows the moments of `batches` (model units)."""
     settings: dict[str, Any] = {
         "prior_type": config.prior_type,
         "solver": config.solver,
@@ -123,13 +131,12 @@ def build_scheduler(config: TrainingConfig, samples: Tensor) -> tuple[VSDMSchedu
             prediction_type=config.prediction_type,
             **settings,
         )
-    event_shape = tuple(samples.shape[1:])
     lambda_shape = {
         "all": (1,) * len(event_shape),
         "channel": event_shape[:1] + (1,) * (len(event_shape) - 1),
         "element": event_shape,
     }[config.lambda_per]
     drift = AdaptiveDiagonalDrift(event_shape, lambda_shape, basis=config.basis)
-    drift.fit_moments(samples)
+    drift.fit_moments(batches)
     scheduler.set_drift(drift)
     return scheduler, drift

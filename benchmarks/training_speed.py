@@ -1,0 +1,126 @@
+"""Images per second and peak memory of training, beside Diffusers' `train_unconditional.py`.
+
+    python -m benchmarks.training_speed --script PATH/train_unconditional.py --data FOLDER
+
+The script is that of a Diffusers checkout; it needs torchvision. Both train the same network on the same images, in
+interleaved processes; the rate is that of the steps after the first few, by the times of their log entries. Writes
+`benchmarks/results/training_speed.json`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .tables import RESULTS, ROOT
+
+
+STEPS, WARMUP, BATCH, RESOLUTION = 60, 10, 32, 32
+REPEATS = 5
+SHARED = {
+    "resolution": RESOLUTION,
+    "random_flip": True,
+    "train_batch_size": BATCH,
+    "eval_batch_size": 1,
+    "ddpm_num_inference_steps": 2,
+    "logger": "tensorboard",
+}
+OURS = {"max_train_steps": STEPS, "logging_steps": 1, "lr_warmup_steps": 10}
+NEUTRAL = {"baseline": "sgm", "ddpm_beta_schedule": "linear", "ddpm_num_steps": 1000, "prior_type": "conditional"}
+# in steps of training and trajectories as in the run of `benchmarks.cifar10`
+LEARNED = {"basis": "dct", "sa_stages": 1, "sa_trajectories": 32}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "train_unconditional.py": ("theirs", {"center_crop": True, "num_epochs": 1}),
+    "train_vsdm.py, lambda = 1": ("ours", OURS | NEUTRAL),
+    "train_vsdm.py, dct, a stage in 60 steps": ("ours", OURS | LEARNED),
+}
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """As both parsers take them."""
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()]
+
+
+def measure(command: list[str], folder: Path) -> dict[str, float]:
+    """Run one training; images per second and peak memory."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with open(folder / "log.txt", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command, f"--output_dir={folder / 'model'}"], stdout=log, stderr=log
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError((folder / "log.txt").read_text()[-3000:])
+    times: dict[int, float] = {}
+    for path in folder.rglob("events.out.tfevents*"):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        if "loss" in events.Tags()["scalars"]:
+            times |= {event.step: event.wall_time for event in events.Scalars("loss")}
+    seconds = times[STEPS] - times[WARMUP]
+    metrics = {"images_per_second": (STEPS - WARMUP) * BATCH / seconds, "peak_mb": usage.ru_maxrss / 1024}
+    report = folder / "model" / "metrics.json"
+    if report.exists():
+        metrics["sa_share"] = json.loads(report.read_text())["metrics"]["sa_share"]
+    return metrics
+
+
+def main() -> None:
+    """Interleave the variants, in both precisions."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--script", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--precisions", nargs="+", default=["no", "bf16"])
+    arguments = parser.parse_args()
+    import torchvision
+    from datasets import load_dataset
+
+    from diffusers_vsdm.models import build_model
+    from diffusers_vsdm.trainer.report import versions
+
+    runs = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+        images = load_dataset(arguments.data, split="train").select(range(STEPS * BATCH))
+        (folder / "data").mkdir()
+        # under the one name of the column that the other script knows
+        images.select_columns("img").rename_column("img", "image").to_parquet(folder / "data" / "train.parquet")
+        build_model("tiny", (3, RESOLUTION, RESOLUTION), 1000).save_config(folder / "unet")
+        shared = SHARED | {"model_config_name_or_path": folder / "unet"}
+        for repeat in range(REPEATS):
+            for precision in arguments.precisions:
+                for variant, (whose, settings) in VARIANTS.items():
+                    source = {"dataset_name" if whose == "theirs" else "train_data_dir": folder / "data"}
+                    script = arguments.script if whose == "theirs" else ROOT / "training" / "train_vsdm.py"
+                    own = folder / f"{repeat}-{len(runs)}"
+                    own.mkdir()
+                    settings = shared | settings | source | {"mixed_precision": precision}
+                    metrics = measure([str(script), *flags(settings)], own)
+                    precise = {"no": "float32"}.get(precision, precision)
+                    runs.append({"name": f"{variant}, {precise}", "seed": repeat, "metrics": metrics})
+                    print(runs[-1], flush=True)
+    record = {
+        "command": "python -m benchmarks.training_speed",
+        "versions": versions() | {"torchvision": torchvision.__version__, "python": platform.python_version()},
+        "machine": {"cores": os.cpu_count(), "processor": platform.machine()},
+        "configuration": {
+            "steps": STEPS,
+            "warmup": WARMUP,
+            "batch": BATCH,
+            "resolution": RESOLUTION,
+            "network": "tiny",
+        },
+        "runs": runs,
+    }
+    (RESULTS / "training_speed.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -198,6 +198,7 @@ def test_scales_of_every_dimension_are_those_of_double_precision(lam, beta_max, 
     a, s = scheduler.marginal_scales(torch.zeros(16, 4, dtype=dtype), k)
     g = scheduler.integrated_beta[k].reshape(-1, 1)
     assert a.dtype == s.dtype == torch.float32
+    a, s = (scale.expand(16, 4) for scale in (a, s))
     torch.testing.assert_close(a.double(), process.mean_scale(drift.lam, g), rtol=2e-5, atol=1e-38)
     torch.testing.assert_close(s.double(), process.std(drift.lam, g), rtol=1e-6, atol=0)
 

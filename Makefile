@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch
 VENV ?= .venv
 
-.PHONY: demo test lint
+.PHONY: demo test lint lowest
 
 demo: $(VENV)/installed
 	$(VENV)/bin/accelerate launch --num_processes 1 training/train_vsdm.py \
@@ -17,6 +17,13 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# the tests with the lowest versions that pyproject.toml allows
+lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet uv
+	VIRTUAL_ENV=$(VENV)-lowest $(VENV)-lowest/bin/uv pip install --resolution lowest-direct --editable ".[test]"
+	$(VENV)-lowest/bin/python -m pytest
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

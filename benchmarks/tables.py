@@ -3,7 +3,7 @@
     python -m benchmarks.tables
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->` in a file under `docs/` or in the README. Entries are
-the mean and the standard deviation over seeds.
+the mean and the standard deviation over seeds, or medians over repeats.
 """
 
 import json
@@ -45,6 +45,11 @@ def each(key: str, digits: int) -> Callable[[list[dict[str, Any]]], str]:
     return lambda runs: spread([run[key] for run in runs], digits)
 
 
+def median(key: str, digits: int, factor: float = 1) -> Callable[[list[dict[str, Any]]], str]:
+    """A column of one metric's median over repeats, times `factor`; a dash where it was not measured."""
+    return lambda runs: f"{factor * statistics.median(run[key] for run in runs):.{digits}f}" if key in runs[0] else "-"
+
+
 def axes(key: str, digits: int) -> Callable[[list[dict[str, Any]]], str]:
     """A column of a metric with one value for each dimension, x / y."""
     return lambda runs: " / ".join(spread([run[key][i] for run in runs], digits) for i in range(len(runs[0][key])))
@@ -62,6 +67,25 @@ TABLES: dict[str, tuple[str, dict[str, Callable[[list[dict[str, Any]]], str]]]] 
     "toys_paper": ("toys_paper.json", TOY_COLUMNS),
     "toys_simulation": ("toys_simulation.json", TOY_COLUMNS),
     "toys_standardized": ("toys_standardized.json", TOY_COLUMNS),
+    "cifar10": (
+        "cifar10.json",
+        {
+            "seconds": each("seconds", 0),
+            "of them in stochastic approximation, %": median("sa_share", 1, 100),
+            "lambda: least, quartiles, largest": lambda runs: " / ".join(f"{x:.2f}" for x in runs[0]["lambda"]),
+            "killed": lambda runs: str(len(runs[0]["killed_after_checkpoint"])),
+            "resumed run": lambda runs: "identical" if runs[0]["resumed_is_identical"] else "differs",
+        },
+    ),
+    "training_speed": (
+        "training_speed.json",
+        {
+            "images/s": median("images_per_second", 1),
+            "relative": median("relative", 3),
+            "peak memory, MB": median("peak_mb", 0),
+            "in stochastic approximation, %": median("sa_share", 1, 100),
+        },
+    ),
     "simulation": ("simulation.json", {"E[score x], x / y": axes("moment", 3)}),
 }
 

@@ -96,6 +96,7 @@ def main() -> None:
         shared = SHARED | {"model_config_name_or_path": folder / "unet"}
         for repeat in range(REPEATS):
             for precision in arguments.precisions:
+                base = 0.0
                 for variant, (whose, settings) in VARIANTS.items():
                     source = {"dataset_name" if whose == "theirs" else "train_data_dir": folder / "data"}
                     script = arguments.script if whose == "theirs" else ROOT / "training" / "train_vsdm.py"
@@ -103,6 +104,8 @@ def main() -> None:
                     own.mkdir()
                     settings = shared | settings | source | {"mixed_precision": precision}
                     metrics = measure([str(script), *flags(settings)], own)
+                    base = metrics["images_per_second"] if whose == "theirs" else base
+                    metrics["relative"] = metrics["images_per_second"] / base
                     precise = {"no": "float32"}.get(precision, precision)
                     runs.append({"name": f"{variant}, {precise}", "seed": repeat, "metrics": metrics})
                     print(runs[-1], flush=True)

@@ -7,7 +7,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -131,6 +138,57 @@ def test_ddim_gives_the_samples_of_ddim(prediction_type):
         x = stock.step(network(x, t), int(t), x).prev_sample
         y = ours.step(network(y, t), int(t), y).prev_sample
     assert (x - y).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6, 20])
+@pytest.mark.parametrize(
+    "solver, stock, orders",
+    [
+        ("dpmsolver++", DPMSolverMultistepScheduler, (1, 2)),
+        ("sde-dpmsolver++", DPMSolverMultistepScheduler, (1, 2)),
+        ("unipc", UniPCMultistepScheduler, (1, 2, 3)),
+    ],
+)
+@pytest.mark.parametrize("config", [{}, {"prediction_type": "v_prediction", "beta_schedule": "scaled_linear"}])
+def test_multistep_solvers_give_the_samples_of_their_namesakes(solver, stock, orders, steps, config):
+    for order in orders:
+        kind = {"algorithm_type": solver} if stock is DPMSolverMultistepScheduler else {}
+        theirs = stock(solver_order=order, **kind, **config)
+        theirs.set_timesteps(steps)
+        ours = VSDMScheduler.from_config(theirs.config, solver=solver, clip_sample=False)
+        assert ours.config["solver_order"] == order
+        ours.set_timesteps(timesteps=theirs.timesteps.tolist())
+        samples = []
+        for scheduler in (theirs, ours):
+            x, generator = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)), torch.Generator()
+            draws = {"generator": generator.manual_seed(1)} if solver.startswith("sde") else {}
+            for k in scheduler.timesteps:
+                x = scheduler.step(torch.tanh(1.3 * x + 0.001 * float(k)), k, x, **draws).prev_sample
+            samples.append(x)
+        torch.testing.assert_close(*samples, rtol=0, atol=2e-5 * float(samples[0].abs().max()))
+
+
+def test_a_multistep_run_may_start_late_and_is_taken_in_order():
+    scheduler = drifting(solver="unipc", solver_order=3)
+    scheduler.set_timesteps(10)
+    net = lambda x, k: torch.tanh(x + 0.01 * float(k))  # noqa: E731
+    start = torch.randn(4, 3)
+
+    def tail(x, times):
+        for k in times:
+            x = scheduler.step(net(x, k), k, x).prev_sample
+        return x
+
+    scheduler.set_begin_index(6)
+    late = tail(start, scheduler.timesteps[6:])
+    scheduler.set_timesteps(timesteps=scheduler.timesteps[6:].tolist())
+    assert torch.equal(late, tail(start, scheduler.timesteps))
+    scheduler.set_timesteps(10)
+    scheduler.step(start, scheduler.timesteps[0], start)
+    with pytest.raises(ValueError, match="out of turn"):
+        scheduler.step(start, scheduler.timesteps[0], start)
+    with pytest.raises(ValueError, match="`solver_order`"):
+        VSDMScheduler(solver="unipc", solver_order=4)
 
 
 def test_add_noise_and_velocity_are_ddpms():

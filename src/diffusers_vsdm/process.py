@@ -72,6 +72,11 @@ def std(lam: Tensor, g: Tensor) -> Tensor:
     return variance(lam, g).sqrt()
 
 
+def log_snr(lam: Tensor, g: Tensor) -> Tensor:
+    r"""$\log(a^2/s^2)$, the logarithm of the signal-to-noise ratio; it falls strictly from infinity at $g = 0$."""
+    return torch.where(lam == 0, 0.0, -lam * g) - variance(lam, g).log()
+
+
 def conditional_score(eps: Tensor, s: Tensor) -> Tensor:
     r"""$\nabla \log p(x_t | x_0) = -\epsilon / s_t$ (Eq. 15); with $\hat\epsilon$ of a network, its score."""
     return -eps / s

@@ -1,7 +1,6 @@
 """`VSDMScheduler`: the process, its drift and its solvers behind the contract of Diffusers' schedulers."""
 
-import functools
-import operator
+import collections
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +21,10 @@ from ..solvers import SOLVERS
 from .drift_owner import DriftOwner
 from .grids import SPACINGS, custom_grid, inference_grid
 from .parameterization import PARAMETERIZATIONS, Parameterization
-from .tables import LEARNED, VARIANCE_TYPES, StepTables, learned_std, make_tables
+from .tables import LEARNED, VARIANCE_TYPES, StepTables, combine, learned_std, make_tables
 
 
+HISTORY = 3  # older predictions that a solver may ask for
 PRIORS = ("conditional", "marginal")
 FINAL_SIGMAS = ("zero", "sigma_min")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
@@ -64,6 +64,9 @@ class VSDMScheduler(DriftOwner):
             ($v = a \epsilon - s x_0$).
         timestep_spacing, steps_offset: As in `DDPMScheduler`.
         solver (`str`, defaults to `"ddpm"`): Key of [`SOLVERS`]. It is never inferred from a foreign configuration.
+        solver_order (`int`, defaults to 2): Predictions that the multistep solvers use: 1 to 3 for `dpmsolver++` and
+            `unipc`, 1 or 2 for `sde-dpmsolver++`, 1 to 4 for `deis` and `ipndm`. The first steps use what there is,
+            and the last ones of a run of few steps use fewer. Other solvers have an order of their own.
         prior_type (`str`, defaults to `"conditional"`): Law of the first sample: `"conditional"` $N(0, s_T^2)$, the
             law of $x_T$ given $x_0 = 0$, or `"marginal"` $N(a_T m, a_T^2 v + s_T^2)$ with the drift's moments of the
             data. Without a drift it is N(0, I), as for stock schedulers.
@@ -98,6 +101,7 @@ class VSDMScheduler(DriftOwner):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         solver: str = "ddpm",
+        solver_order: int = 2,
         prior_type: str = "conditional",
         final_sigmas_type: str = "zero",
         drift_sha256: str | None = None,
@@ -134,12 +138,15 @@ class VSDMScheduler(DriftOwner):
         self.alphas_cumprod = torch.exp(-self.integrated_beta).float()
 
         self._solver = SOLVERS[solver]
+        self._solver.rule(solver_order)  # raises if there is none
         self.order = self._solver.calls_per_step
         self.set_drift(None)
         self._prior_was_used = False
         self._step_index: int | None = None
         self._begin_index: int | None = None
+        self._first_index = 0
         self._held: Tensor | None = None
+        self._history: collections.deque[Tensor] = collections.deque(maxlen=HISTORY)
         self.num_inference_steps: int | None = None
         self._set_grid(
             np.arange(num_train_timesteps - 1, -2, -1) if self._to_data else np.arange(num_train_timesteps)[::-1]
@@ -235,7 +242,12 @@ class VSDMScheduler(DriftOwner):
         if begin_index not in starts:
             raise ValueError(f"`begin_index` must be where a step starts, in {starts}, got {begin_index}.")
         self._begin_index = begin_index
+        self._forget()
+
+    def _forget(self) -> None:
+        """Before a run: no step was taken."""
         self._step_index = self._held = None
+        self._history.clear()
 
     def set_timesteps(
         self,
@@ -271,9 +283,8 @@ class VSDMScheduler(DriftOwner):
         # the last position of a repeated time is where a step starts
         self._positions = {int(k): i for i, k in enumerate(visited)}
         self._visited = visited.tolist()
-        self._step_index = None
         self._begin_index = None
-        self._held = None
+        self._forget()
         for key in [key for key in self._caches if isinstance(key, tuple) and key[0] == "tables"]:
             del self._caches[key]
 
@@ -297,7 +308,9 @@ class VSDMScheduler(DriftOwner):
         if self._step_index is None:
             first = self._begin_index
             self._step_index = self.index_for_timestep(timestep) if first is None else first
-        elif self._begin_index is None and self._solver.calls_per_step == 1:
+            # a multistep solver knows nothing of the steps before
+            self._first_index = self._step_index if self._solver.multistep else 0
+        elif self._begin_index is None and self._solver.calls_per_step == 1 and not self._solver.multistep:
             self._step_index = self.index_for_timestep(timestep)
         if self._step_index >= len(self.timesteps):
             raise ValueError(
@@ -317,10 +330,11 @@ class VSDMScheduler(DriftOwner):
         def make() -> StepTables:
             lam, config = self._lam(), self._internal_dict
             predicts_noise = config["prediction_type"] in ("epsilon", "score")
-            g, g_next = self._g(self._grid[:-1], lam), self._g(self._grid[1:], lam)
-            return make_tables(self._solver, lam, g, g_next, config["variance_type"], predicts_noise, device, dtype)
+            g = self._g(self._grid[self._first_index :], lam)
+            kind = (config["variance_type"], predicts_noise)
+            return make_tables(self._solver, config["solver_order"], lam, g[:-1], g[1:], *kind, device, dtype)
 
-        return self._cached(("tables", device, dtype), make)
+        return self._cached(("tables", device, dtype, self._first_index), make)
 
     def _marginal(self, timesteps: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The scales a and s at a batch of training times, shaped to broadcast against `like`."""
@@ -510,14 +524,14 @@ class VSDMScheduler(DriftOwner):
                 " `init_noise_sigma` nor `sample_prior`. Use VSDMPipeline, or `latents=scheduler.sample_prior(...)`.",
                 stacklevel=2,
             )
-        tables = self._tables(sample.device, sample.dtype)
-        if not tables.is_defined[index]:
+        tables, row = self._tables(sample.device, sample.dtype), index - self._first_index
+        if not tables.is_defined[row]:
             raise ValueError(
                 f"`timestep` {int(timestep)} has no signal left (zero terminal SNR, or lambda * g too large): there"
                 f" `prediction_type` {self._internal_dict['prediction_type']!r} with `solver`"
                 f" {self._internal_dict['solver']!r} is undefined: use 'v_prediction' or 'sample' with 'ddpm'."
             )
-        a, s = tables.a[index], tables.s[index]
+        a, s = tables.a[row], tables.s[row]
 
         network = self.parameterization
         basis = self.basis(sample)
@@ -526,22 +540,27 @@ class VSDMScheduler(DriftOwner):
         prediction = self._clip(basis.from_basis(x0))
         if self._internal_dict["clip_sample"] or self._internal_dict["thresholding"]:
             x0 = basis.to_basis(prediction)
-        terms = {name: column[index] for name, column in tables.terms.items()}
+        terms, hold = tables.terms[row], tables.hold[row]
         values = {"sample": sample, "x0": x0}
-        if "eps" in terms:
+        if tables.uses_noise:
             values["eps"] = network.eps(model_output, sample, a, s)
-        if "held" in terms:
-            values["held"] = sample if self._held is None else self._held
-            self._held = sample if self._held is None else None
+        if self._held is not None:
+            values["held"] = self._held
+        if self._solver.multistep:
+            latest = "eps" if tables.uses_noise else "x0"
+            values |= {f"{latest}_{j}": old for j, old in enumerate(self._history, 1)}
+            self._history.appendleft(values[latest])
         if "noise" in terms and int(self._grid[index]) > 0:
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=noise_dtype)
             values["noise"] = basis.to_basis(noise.to(sample.dtype))
             if predicted_variance is not None and self._solver.samples_posterior:
                 if not isinstance(basis, IdentityBasis):
                     raise ValueError("`variance_type` 'learned...' is per pixel: it has no meaning in another basis.")
-                bounds = (column[index] for column in tables.log_variance)
-                terms["noise"] = learned_std(self._internal_dict["variance_type"], predicted_variance, *bounds)
-        previous = functools.reduce(operator.add, (terms[name] * values[name] for name in terms if name in values))
+                bounds = (column[row] for column in tables.log_variance)
+                std = learned_std(self._internal_dict["variance_type"], predicted_variance, *bounds)
+                terms = terms | {"noise": std}
+        previous = combine(terms, values)
+        self._held = combine(hold, values) if hold else None
         previous, prediction = basis.from_basis(previous).to(dtype), prediction.to(dtype)
 
         self._step_index = index + 1

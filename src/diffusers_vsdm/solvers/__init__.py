@@ -1,19 +1,34 @@
 r"""Solvers for Eq. 17 and 18, each one entry of [`SOLVERS`].
 
-A solver turns a grid of times into coefficients, once; a step is then the same multiply-and-add for all of them,
-
-    next = sample * x + x0 * x0_hat + eps * eps_hat + held * x_held + noise * xi
-
-where a coefficient of None stands for an absent term. Schedulers, tests and benchmarks take their list of solvers from
-the table.
+A solver turns a grid of times into coefficients, once; a step is then the same multiply-and-add for all of them: of
+the sample, of the network's predictions now and at earlier calls, of what was held, and of noise. See
+[`Coefficients`]. Schedulers, tests and benchmarks take their list of solvers from the table.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
-from .single_step import Coefficients, ddim, ddpm, euler, euler_maruyama, heun
+from .coefficients import Coefficients
+from .exponential import deis, dpmsolver_pp, ipndm, sde_dpmsolver_pp, unipc
+from .single_step import ddim, ddpm, euler, euler_maruyama, heun
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a solver makes its coefficients.
+
+    Attributes:
+        coefficients: `(lam, g, g_next)` to [`Coefficients`]. `g` and `g_next` hold the integrated beta before and
+            after each of the n steps, shaped `(n, 1, ..., 1)` to broadcast against lambda.
+        order: Order of convergence: of the ODE, or in law where stochastic. That of a multistep rule is reached once
+            its history is full; its first steps have lower ones.
+    """
+
+    coefficients: Callable[[Tensor, Tensor, Tensor], Coefficients]
+    order: int
 
 
 @dataclass(frozen=True)
@@ -21,27 +36,55 @@ class Solver:
     """A row of [`SOLVERS`].
 
     Attributes:
-        coefficients: `(lam, g, g_next)` to [`Coefficients`], one row for each network call. `g` and `g_next` hold the
-            integrated beta before and after each of the n steps, shaped `(n, 1, ..., 1)` to broadcast against lambda.
-        order: Global order of convergence: of the ODE, or strong order (additive noise) where stochastic.
+        rules: By `solver_order`.
         calls_per_step: Network calls for one step of the grid.
+        multistep: Whether a step uses what earlier steps left, so that a run must be taken in its order.
         stochastic: Whether the step draws noise.
         samples_posterior: Whether that noise is the posterior's, whose variance may be chosen or learned.
     """
 
-    coefficients: Callable[[Tensor, Tensor, Tensor], Coefficients]
-    order: int
+    rules: Mapping[int, Rule]
     calls_per_step: int = 1
+    multistep: bool = False
     stochastic: bool = False
     samples_posterior: bool = False
 
+    def rule(self, solver_order: int) -> Rule:
+        """The rule for this `solver_order`, or the only one that there is.
+
+        Raises:
+            ValueError: There are several, and none for this one.
+        """
+        if len(self.rules) == 1:
+            return next(iter(self.rules.values()))
+        if solver_order not in self.rules:
+            raise ValueError(
+                f"`solver_order` must be one of {tuple(self.rules)} for this solver, got {solver_order!r}."
+            )
+        return self.rules[solver_order]
+
+
+def _one(function: Callable[..., Coefficients], order: int) -> dict[int, Rule]:
+    return {order: Rule(function, order)}
+
+
+def _several(function: Callable[..., Coefficients], *orders: int) -> dict[int, Rule]:
+    """Rules for `solver_order` 1, 2, ... that converge with these orders."""
+    return {n: Rule(partial(function, order=n), order) for n, order in enumerate(orders, 1)}
+
 
 SOLVERS: dict[str, Solver] = {
-    "ddpm": Solver(ddpm, order=1, stochastic=True, samples_posterior=True),
-    "ddim": Solver(ddim, order=1),
-    "euler": Solver(euler, order=1),
-    "heun": Solver(heun, order=2, calls_per_step=2),
-    "euler-maruyama": Solver(euler_maruyama, order=1, stochastic=True),
+    "ddpm": Solver(_one(ddpm, 1), stochastic=True, samples_posterior=True),
+    "ddim": Solver(_one(ddim, 1)),
+    "euler": Solver(_one(euler, 1)),
+    "heun": Solver(_one(heun, 2), calls_per_step=2),
+    "euler-maruyama": Solver(_one(euler_maruyama, 1), stochastic=True),
+    "dpmsolver++": Solver(_several(dpmsolver_pp, 1, 2, 3), multistep=True),
+    "sde-dpmsolver++": Solver(_several(sde_dpmsolver_pp, 1, 2), multistep=True, stochastic=True),
+    "unipc": Solver(_several(unipc, 2, 3, 4), multistep=True),
+    "deis": Solver(_several(deis, 1, 2, 3, 4), multistep=True),
+    # the weights of equal steps on other grids: more steps of history do not give more order
+    "ipndm": Solver(_several(ipndm, 1, 2, 2, 2), multistep=True),
 }
 
-__all__ = ["SOLVERS", "Coefficients", "Solver"]
+__all__ = ["SOLVERS", "Coefficients", "Rule", "Solver"]

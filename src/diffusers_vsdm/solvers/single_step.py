@@ -10,31 +10,13 @@ References:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .. import process
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    r"""Coefficients of a step's terms: each None, or a row for each network call, `(calls, *lambda_shape)`.
-
-    Attributes:
-        sample: Of the sample that the network was called with.
-        x0: Of the predicted data, after clipping.
-        eps: Of the predicted noise.
-        held: Of the sample held since the first call of the step (for solvers with several calls in a step).
-        noise: Of fresh standard normal noise.
-    """
-
-    sample: Tensor | None = None
-    x0: Tensor | None = None
-    eps: Tensor | None = None
-    held: Tensor | None = None
-    noise: Tensor | None = None
+from .coefficients import Coefficients
 
 
 def ddpm(lam: Tensor, g: Tensor, g_next: Tensor) -> Coefficients:
@@ -79,7 +61,7 @@ def heun(lam: Tensor, g: Tensor, g_next: Tensor) -> Coefficients:
     """
     growth = torch.exp(0.5 * lam * (g - g_next))  # a_r / a_t
     slope = process.std(lam, g_next) - growth * process.std(lam, g)  # a_r times the step in s/a
-    nothing, half = torch.zeros_like(growth), torch.full_like(growth, 0.5)
+    nothing, half, one = (torch.full_like(growth, value) for value in (0.0, 0.5, 1.0))
 
     def interleave(first: Tensor, second: Tensor) -> Tensor:
         return torch.stack([first, second], dim=1).flatten(0, 1)[:-1]
@@ -88,4 +70,5 @@ def heun(lam: Tensor, g: Tensor, g_next: Tensor) -> Coefficients:
         sample=interleave(growth, half),
         eps=interleave(slope, 0.5 * slope),
         held=interleave(nothing, 0.5 * growth),
+        hold=Coefficients(sample=interleave(one, nothing)),
     )

@@ -148,6 +148,19 @@ def test_channels_that_are_no_colours_come_as_arrays():
         pipeline(1, num_inference_steps=2, output_type="pil")
 
 
+def test_latent_output_is_the_last_sample_as_it_is():
+    pipeline, seen = vectors(), []
+
+    def note(pipe, index, timestep, tensors):
+        seen.append((pipe.num_timesteps, tensors["latents"]))
+
+    settings = {"num_inference_steps": 5, "callback_on_step_end": note}
+    latents = pipeline(6, generator(), output_type="latent", **settings).samples
+    assert len(seen) == seen[0][0] == 9 and torch.equal(seen[-1][1], latents)
+    samples = pipeline(6, generator(), output_type="pt", **settings).samples
+    torch.testing.assert_close(pipeline.normalizer.normalize(samples), latents)
+
+
 def test_default_number_of_steps_fits_the_table():
     pipeline = vectors("ddim", num_train_timesteps=20)
     assert pipeline(1).samples.shape == (1, 2) and len(pipeline.scheduler.timesteps) == 20

@@ -484,7 +484,6 @@ def test_a_step_too_many():
         "prediction_type",
         "prior_type",
         "timestep_spacing",
-        "variance_type",
         "beta_schedule",
         "final_sigmas_type",
     ],
@@ -494,9 +493,32 @@ def test_unknown_settings_name_themselves(setting):
         VSDMScheduler(**{setting: "nonsense"})
 
 
+def test_what_the_stock_class_takes_is_taken_with_a_warning(caplog):
+    logger = diffusers.utils.logging.get_logger("diffusers_vsdm.schedulers.scheduling_vsdm")
+    logger.addHandler(caplog.handler)
+    try:
+        assert len(VSDMScheduler(trained_betas=[0.1, 0.2])) == 2 and "the table counts" in caplog.text
+        VSDMScheduler(variance_type="other")
+        assert "taken as 'fixed_small'" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize(
+    "variance_type", ["fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range"]
+)
+def test_variance_by_its_private_name_is_ddpms(variance_type):
+    stock = DDPMScheduler(variance_type=variance_type)
+    ours = VSDMScheduler.from_config(stock.config)
+    predicted = torch.rand(1, 3, 8, 8) if variance_type.startswith("learned") else None
+    for scheduler in (stock, ours):
+        scheduler.set_timesteps(100)
+    for k in (990, 500, 10):
+        expected = stock._get_variance(k, predicted_variance=predicted)
+        torch.testing.assert_close(ours._get_variance(k, predicted), expected, rtol=2e-4, atol=1e-9)
+
+
 def test_other_bad_settings():
-    with pytest.raises(ValueError, match="trained_betas"):
-        VSDMScheduler(trained_betas=[0.1, 0.2])
     with pytest.raises(ValueError, match="beta_min"):
         VSDMScheduler.from_power_law(beta_min=0.0)
     with pytest.raises(ValueError, match="betas must lie"):

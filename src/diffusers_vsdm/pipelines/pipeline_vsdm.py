@@ -16,7 +16,7 @@ from ..normalizer import DataNormalizer
 from ..schedulers import VSDMScheduler
 
 
-OUTPUT_TYPES = ("pil", "np", "pt")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ALIGNMENT = 64  # bytes, of torch's CPU allocator
 
 
@@ -68,6 +68,7 @@ class VSDMPipeline(DiffusionPipeline):
             if parameter.data_ptr() % ALIGNMENT:
                 parameter.data = parameter.data.clone()
         self.register_modules(unet=unet, scheduler=scheduler, normalizer=normalizer)
+        self._num_timesteps = 0
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -80,6 +81,11 @@ class VSDMPipeline(DiffusionPipeline):
             return drift.event_shape
         spatial = () if size is None else (size, size) if isinstance(size, int) else tuple(size)
         return (self.unet.config["in_channels"], *spatial)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Network calls of the current run, for callbacks."""
+        return self._num_timesteps
 
     @torch.no_grad()
     def __call__(
@@ -105,8 +111,8 @@ class VSDMPipeline(DiffusionPipeline):
             timesteps (`list[int]`, *optional*): The training steps to visit, falling, instead of a number.
             latents (`torch.Tensor`, *optional*): The first sample `(batch_size, *event_shape)`, in the model's units,
                 instead of a draw from the prior.
-            output_type (`str`, *optional*): `"pil"`, `"np"` or `"pt"`. Defaults to `"pil"` for images of 1 or 3
-                channels and `"np"` for all else.
+            output_type (`str`, *optional*): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the last sample in the model's
+                units. Defaults to `"pil"` for images of 1 or 3 channels and `"np"` for all else.
             return_dict (`bool`, defaults to `True`): Whether to return a [`VSDMPipelineOutput`] or a tuple.
             return_trajectory (`bool`, defaults to `False`): Whether to return the path of every sample too.
             callback_on_step_end (`Callable`, *optional*): Called after each network call as `(pipeline, index,
@@ -156,6 +162,7 @@ class VSDMPipeline(DiffusionPipeline):
         step_kwargs = {"generator": generator} if takes_generator else {}
         trajectory = [latents] if return_trajectory else []
         calls = self.scheduler.timesteps
+        self._num_timesteps = len(calls)
         for index, timestep in enumerate(self.progress_bar(calls)):
             model_input = self.scheduler.scale_model_input(latents, timestep)
             output = self.unet(model_input, timestep, return_dict=False)[0]
@@ -168,22 +175,26 @@ class VSDMPipeline(DiffusionPipeline):
                 trajectory.append(latents)
 
         path = self._to_data_units(torch.stack(trajectory)) if return_trajectory else None
-        samples: Any = self._to_data_units(latents)
-        if is_image:
-            samples = (samples / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            samples = samples.float().cpu().numpy()
-            samples = np.moveaxis(samples, 1, -1) if is_image else samples
-        if output_type == "pil":
-            samples = self.numpy_to_pil(samples)
+        samples = latents if output_type == "latent" else self._as_output(latents, output_type)
         self.maybe_free_model_hooks()
         if return_dict:
             return VSDMPipelineOutput(samples=samples, trajectory=path)
         return (samples, path) if return_trajectory else (samples,)
 
+    def _as_output(self, latents: Tensor, output_type: str) -> Any:
+        """Samples in data units, images in [0, 1], as the caller wants them."""
+        samples = self._to_data_units(latents)
+        is_image = samples.ndim == 4
+        if is_image:
+            samples = (samples / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return samples
+        array = samples.float().cpu().numpy()
+        array = np.moveaxis(array, 1, -1) if is_image else array
+        return self.numpy_to_pil(array) if output_type == "pil" else array
+
     def _default_num_steps(self) -> int:
-        config = self.scheduler.config
-        return min(50, config["num_train_timesteps"] - (config.get("final_sigmas_type") == "sigma_min"))
+        return min(50, len(self.scheduler) - (self.scheduler.config.get("final_sigmas_type") == "sigma_min"))
 
     def _first_sample(self, shape: tuple[int, ...], generator: Any, device: torch.device) -> Tensor:
         if isinstance(self.scheduler, VSDMScheduler):

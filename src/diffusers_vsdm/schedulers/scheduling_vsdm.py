@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -23,6 +23,8 @@ from .grids import SPACINGS, custom_grid, inference_grid
 from .parameterization import PARAMETERIZATIONS, Parameterization
 from .tables import LEARNED, VARIANCE_TYPES, StepTables, combine, learned_std, make_tables
 
+
+logger = logging.get_logger(__name__)
 
 HISTORY = 3  # older predictions that a solver may ask for
 PRIORS = ("conditional", "marginal")
@@ -108,7 +110,6 @@ class VSDMScheduler(DriftOwner):
     ):
         choices = {
             "beta_schedule": (beta_schedule, BETA_SCHEDULES),
-            "variance_type": (variance_type, VARIANCE_TYPES),
             "prediction_type": (prediction_type, tuple(PARAMETERIZATIONS)),
             "timestep_spacing": (timestep_spacing, tuple(SPACINGS)),
             "solver": (solver, tuple(SOLVERS)),
@@ -118,11 +119,15 @@ class VSDMScheduler(DriftOwner):
         for name, (value, allowed) in choices.items():
             if value not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
+        # where DDPMScheduler takes anything, so does this class, but says so
+        if variance_type not in VARIANCE_TYPES:
+            logger.warning(f"`variance_type` {variance_type!r} is none of {VARIANCE_TYPES}: taken as 'fixed_small'.")
         if trained_betas is not None and len(trained_betas) != num_train_timesteps:
-            raise ValueError(
+            logger.warning(
                 f"`trained_betas` has {len(trained_betas)} entries and `num_train_timesteps` is {num_train_timesteps}:"
-                " they must agree."
+                " the table counts."
             )
+            num_train_timesteps = len(trained_betas)
         # Diffusers' own tables, so that they are the same to the last bit
         self.betas = DDPMScheduler(
             num_train_timesteps=num_train_timesteps,
@@ -567,6 +572,23 @@ class VSDMScheduler(DriftOwner):
         if not return_dict:
             return (previous, prediction)
         return VSDMSchedulerOutput(prev_sample=previous, pred_original_sample=prediction)
+
+    def _get_variance(
+        self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: str | None = None
+    ) -> Tensor:
+        """What `DDPMScheduler` gives by this name, which others ask for: of the `ddpm` step from `t` the variance, its
+        root for `fixed_small_log`, and its logarithm for `fixed_large_log` and `learned_range`.
+        """
+        lam, kind = self._lam(), variance_type or self._internal_dict["variance_type"]
+        g, g_next = (self._g(np.atleast_1d(k), lam)[0] for k in (int(t), self.previous_timestep(t).numpy()))
+        small = process.posterior(lam, g, g_next)[2].clamp(min=1e-20).float()
+        large = process.variance(lam, g - g_next).float()
+        if kind in LEARNED and predicted_variance is not None:
+            if kind == "learned":
+                return predicted_variance
+            return 2 * learned_std(kind, predicted_variance, small.log(), large.log()).log()
+        others = {"fixed_small_log": small.sqrt(), "fixed_large": large, "fixed_large_log": large.log()}
+        return others.get(kind, small)
 
     def _split_variance(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
         """A network's prediction and, from its second half of channels, its variance if it learns one."""

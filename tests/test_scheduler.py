@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from diffusers_vsdm import AdaptiveDiagonalDrift, VSDMScheduler, process
 from diffusers_vsdm.schedulers.drift_owner import DRIFT_FILE, DRIFT_FOLDER
+from diffusers_vsdm.schedulers.grids import TIME_GRIDS
 from diffusers_vsdm.schedulers.parameterization import PARAMETERIZATIONS
 
 from .problems import ANISOTROPIC, scheduler_for
@@ -307,6 +308,80 @@ def test_prior_is_the_process_at_its_first_timestep(prior_type):
     torch.testing.assert_close(scheduler.init_noise_sigma, variance.sqrt().float())
 
 
+GRIDS = [grid for grid in TIME_GRIDS if grid != "spacing"]
+
+
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("time_grid", GRIDS)
+def test_fractional_grids_fall_from_noise_to_data(time_grid, final):
+    scheduler = drifting(time_grid=time_grid, final_sigmas_type=final, solver="ddim")
+    net = lambda x, k: torch.tanh(x + 0.01 * float(k))  # noqa: E731
+    for steps in (1, 2, 7, 300):  # more than there are training times
+        scheduler.set_timesteps(steps)
+        assert len(scheduler.timesteps) == steps and scheduler.timesteps[0] == 99
+        assert (scheduler.timesteps.diff() < 0).all()
+        assert scheduler.previous_timestep(scheduler.timesteps[-1]) == (-1 if final == "zero" else 0)
+        x = quiet(scheduler).sample_prior((2, 3), generator=torch.Generator().manual_seed(0))
+        for k in scheduler.timesteps:
+            x = scheduler.step(net(x, k), k, x).prev_sample
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("time_grid", ["log_snr_mean", "log_snr_largest", "log_snr_smallest"])
+def test_log_snr_grids_are_uniform_in_what_they_say(time_grid):
+    scheduler = drifting(time_grid=time_grid)
+    scheduler.set_timesteps(9)
+    a, s = scheduler.marginal_scales(torch.zeros(9, 3, dtype=torch.float64), scheduler.timesteps)
+    log_snr = 2 * (a / s).log()
+    kind = time_grid.removeprefix("log_snr_")
+    clock = {"mean": log_snr.mean(1), "largest": log_snr.amax(1), "smallest": log_snr.amin(1)}[kind]
+    np.testing.assert_allclose(clock.diff(), clock.diff().mean(), rtol=0.02)  # between table entries it is not exact
+
+
+def test_fractional_times_lie_between_whole_ones():
+    for scheduler in (drifting(), VSDMScheduler()):
+        like = torch.zeros(3, 3)
+        a, s = scheduler.marginal_scales(like, torch.tensor([40.0, 40.5, 41.0]))
+        for scale, whole in zip((a, s), scheduler.marginal_scales(like, torch.tensor([40, 40, 41])), strict=True):
+            torch.testing.assert_close(scale[[0, 2]], whole[[0, 2]])
+            assert ((scale[1] - scale[0]) * (scale[2] - scale[1]) > 0).all()
+    with pytest.raises(ValueError, match="needs a signal at every time"):
+        VSDMScheduler(rescale_betas_zero_snr=True, time_grid="karras").set_timesteps(5)
+
+
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}  # of Stable Diffusion
+
+
+@pytest.mark.parametrize("basis", ["dct", "identity"])
+def test_fitted_moments_start_a_stock_model_from_its_own_law(basis, tmp_path):
+    """At the table's last time, where there is signal left; and the steps stay those of the stock scheduler."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(4000, 3, 8, 8, generator=generator) * 0.3 + 4 * torch.randn(4000, 1, 1, 1, generator=generator)
+    stock = DDPMScheduler(**SD)
+    scheduler = VSDMScheduler.from_config(stock.config)
+    scheduler.fit_moments(data.split(500), basis=basis)
+    scheduler.set_timesteps(10)
+    k = int(scheduler.timesteps[0])
+    noised = stock.add_noise(data, torch.randn(data.shape, generator=generator), torch.full((4000,), k))
+    start = scheduler.sample_prior(data.shape, generator=generator)
+    assert start.std() == pytest.approx(float(noised.std()), rel=0.02)
+    brightness = [x.mean((1, 2, 3)).std() for x in (start, noised)]
+    # the pixels of an image go together, which only frequencies tell
+    assert (brightness[0] / brightness[1] > 0.97) == (basis == "dct")
+    x, output = start[:5], torch.randn(5, 3, 8, 8)
+    stock.set_timesteps(10)
+    draws = [{"generator": torch.Generator().manual_seed(1)} for _ in range(2)]
+    expected = stock.step(output, k, x, **draws[0]).prev_sample
+    torch.testing.assert_close(scheduler.step(output, k, x, **draws[1]).prev_sample, expected, rtol=1e-4, atol=1e-4)
+    scheduler.save_pretrained(tmp_path)
+    loaded = VSDMScheduler.from_pretrained(tmp_path)
+    loaded.set_timesteps(10)
+    again = [s.sample_prior((2, 3, 8, 8), generator=torch.Generator().manual_seed(3)) for s in (scheduler, loaded)]
+    assert loaded.config["prior_type"] == "marginal" and torch.equal(*again)
+    swapped = VSDMScheduler.from_config(scheduler.config, solver="unipc")
+    assert swapped.config["prior_type"] == "marginal" and swapped.drift.is_neutral
+
+
 def test_prior_does_not_depend_on_the_batch_split():
     scheduler = scheduler_for(ANISOTROPIC)
     generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
@@ -398,14 +473,15 @@ def test_previous_timestep():
         (lambda s: s.set_timesteps(5, timesteps=[3, 2]), "exactly one"),
         (lambda s: s.set_timesteps(timesteps=[5, 5]), "descending"),
         (lambda s: s.set_timesteps(timesteps=[1000, 5]), "below the 1000"),
-        (lambda s: s.set_timesteps(timesteps=[5.5]), "whole"),
+        (lambda s: s.set_timesteps(timesteps=[float("nan")]), "list of training timesteps"),
+        (lambda s: s.set_timesteps(timesteps=[999.5]), "below the 1000"),
         (lambda s: s.set_timesteps(timesteps=[]), "empty"),
         (lambda s: s.step(torch.zeros(SHAPE), 1000, torch.zeros(SHAPE)), "`timestep` 1000"),
         (lambda s: s.step(torch.zeros(SHAPE), -1, torch.zeros(SHAPE)), "`timestep` -1"),
         (lambda s: s.step(torch.zeros(2, 3), 5, torch.zeros(SHAPE)), "must agree"),
         (lambda s: s.add_noise(torch.zeros(SHAPE), torch.zeros(SHAPE), torch.tensor([1000])), "lie in"),
         (lambda s: s.add_noise(torch.zeros(SHAPE), torch.zeros(SHAPE), torch.tensor([-1])), "lie in"),
-        (lambda s: s.add_noise(torch.zeros(SHAPE), torch.zeros(SHAPE), torch.tensor([0.5])), "integer"),
+        (lambda s: s.add_noise(torch.zeros(SHAPE), torch.zeros(SHAPE), torch.tensor([999.5])), "lie in"),
         (lambda s: s.set_begin_index(1000), "begin_index"),
         (lambda s: s.step(torch.zeros(SHAPE), 500.7, torch.zeros(SHAPE)), "`timestep` 500.7"),
         (lambda s: s.add_noise(torch.zeros(SHAPE), torch.zeros(1, 3, 8, 8), torch.tensor([1])), "must agree"),

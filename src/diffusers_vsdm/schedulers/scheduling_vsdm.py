@@ -1,8 +1,9 @@
 """`VSDMScheduler`: the process, its drift and its solvers behind the contract of Diffusers' schedulers."""
 
 import collections
+import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from .. import process
 from ..bases import Basis, IdentityBasis
+from ..drift import AdaptiveDiagonalDrift
 from ..solvers import SOLVERS
+from ..statistics import as_batches
 from .drift_owner import DriftOwner
-from .grids import SPACINGS, custom_grid, inference_grid
+from .grids import SPACINGS, TIME_GRIDS, continuous_grid, custom_grid, inference_grid
 from .parameterization import PARAMETERIZATIONS, Parameterization
 from .tables import LEARNED, VARIANCE_TYPES, StepTables, combine, learned_std, make_tables
 
@@ -69,6 +72,10 @@ class VSDMScheduler(DriftOwner):
         solver_order (`int`, defaults to 2): Predictions that the multistep solvers use: 1 to 3 for `dpmsolver++` and
             `unipc`, 1 or 2 for `sde-dpmsolver++`, 1 to 4 for `deis` and `ipndm`. The first steps use what there is,
             and the last ones of a run of few steps use fewer. Other solvers have an order of their own.
+        time_grid (`str`, defaults to `"spacing"`): Times of a run: whole ones by `timestep_spacing`, or fractional
+            ones, uniform in the root of k (`"quadratic"`), by Karras et al. (`"karras"`), or uniform in the log-SNR.
+            The latter two go by the mean of the dimensions' log-SNRs; `"log_snr_mean"`, `"log_snr_largest"` and
+            `"log_snr_smallest"` say which one.
         prior_type (`str`, defaults to `"conditional"`): Law of the first sample: `"conditional"` $N(0, s_T^2)$, the
             law of $x_T$ given $x_0 = 0$, or `"marginal"` $N(a_T m, a_T^2 v + s_T^2)$ with the drift's moments of the
             data. Without a drift it is N(0, I), as for stock schedulers.
@@ -79,6 +86,7 @@ class VSDMScheduler(DriftOwner):
 
     References:
         Deng et al. (2024), "Variational Schrödinger Diffusion Models", ICML.
+        Lin et al. (2023), "Common Diffusion Noise Schedules and Sample Steps are Flawed".
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
@@ -104,6 +112,7 @@ class VSDMScheduler(DriftOwner):
         rescale_betas_zero_snr: bool = False,
         solver: str = "ddpm",
         solver_order: int = 2,
+        time_grid: str = "spacing",
         prior_type: str = "conditional",
         final_sigmas_type: str = "zero",
         drift_sha256: str | None = None,
@@ -113,6 +122,7 @@ class VSDMScheduler(DriftOwner):
             "prediction_type": (prediction_type, tuple(PARAMETERIZATIONS)),
             "timestep_spacing": (timestep_spacing, tuple(SPACINGS)),
             "solver": (solver, tuple(SOLVERS)),
+            "time_grid": (time_grid, TIME_GRIDS),
             "prior_type": (prior_type, PRIORS),
             "final_sigmas_type": (final_sigmas_type, FINAL_SIGMAS),
         }
@@ -207,7 +217,18 @@ class VSDMScheduler(DriftOwner):
     def _g(self, k: np.ndarray | Tensor, lam: Tensor) -> Tensor:
         """The integrated beta at training times `k` (-1 is the data), shaped to broadcast against `lam`."""
         table = torch.cat([self.integrated_beta, self.integrated_beta.new_zeros(1)])  # index -1 is the last
-        return table[torch.as_tensor(np.ascontiguousarray(k))].reshape(-1, *[1] * lam.ndim)
+        k = torch.as_tensor(np.ascontiguousarray(k))
+        g = table[k] if not k.is_floating_point() else torch.where(k < 0, 0.0, _interpolate(k, self.integrated_beta))
+        return g.reshape(-1, *[1] * lam.ndim)
+
+    def _log_sigma(self) -> np.ndarray:
+        """log(s/a) at every training time: one number for all dimensions, as `time_grid` says."""
+        lam, kind = self._lam().flatten(), self._internal_dict["time_grid"]
+        # the log-SNR falls with lambda
+        if kind in ("log_snr_largest", "log_snr_smallest"):
+            lam = lam.min() if kind == "log_snr_largest" else lam.max()
+        mean = torch.stack([process.log_snr(lam, g).mean() for g in self.integrated_beta])
+        return (-0.5 * mean).numpy()
 
     def __len__(self) -> int:
         return len(self.betas)
@@ -266,14 +287,17 @@ class VSDMScheduler(DriftOwner):
             num_inference_steps (`int`, *optional*): Number of steps. Solvers with several network calls in a step
                 (`heun`) make `calls_per_step * num_inference_steps - 1` calls, and repeat timesteps accordingly.
             device (`str` or `torch.device`, *optional*): Where to put `timesteps`.
-            timesteps (`list[int]`, *optional*): The times themselves, falling, instead of a number.
+            timesteps (`list[int]` or `list[float]`, *optional*): The times themselves, falling, instead of a number.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Pass exactly one of `num_inference_steps` and `timesteps`.")
+        config = self._internal_dict
         if num_inference_steps is None:
             grid = custom_grid(np.asarray(timesteps), len(self), self._to_data)
+        elif config["time_grid"] != "spacing":
+            log_sigma = self._cached("log_sigma", self._log_sigma)
+            grid = continuous_grid(config["time_grid"], num_inference_steps, log_sigma, self._to_data)
         else:
-            config = self._internal_dict
             grid = inference_grid(
                 num_inference_steps, len(self), config["timestep_spacing"], config["steps_offset"], self._to_data
             )
@@ -284,9 +308,10 @@ class VSDMScheduler(DriftOwner):
         self._grid = grid
         calls = self._solver.calls_per_step
         visited = np.repeat(grid[:-1], calls)[calls - 1 :]
-        self.timesteps = torch.from_numpy(visited).to(device)
+        whole = np.issubdtype(grid.dtype, np.integer)
+        self.timesteps = torch.from_numpy(visited if whole else visited.astype(np.float32)).to(device)
         # the last position of a repeated time is where a step starts
-        self._positions = {int(k): i for i, k in enumerate(visited)}
+        self._positions = {float(k): i for i, k in enumerate(visited)}
         self._visited = visited.tolist()
         self._begin_index = None
         self._forget()
@@ -295,10 +320,10 @@ class VSDMScheduler(DriftOwner):
 
     def index_for_timestep(self, timestep: int | Tensor) -> int:
         """Position in `timesteps` at which a step from `timestep` starts."""
-        k = int(timestep)
-        if k not in self._positions or k != float(timestep):
+        k = float(timestep)
+        if k not in self._positions:
             raise ValueError(
-                f"`timestep` {float(timestep):g} is not one of this run's timesteps, from {self._visited[0]} to"
+                f"`timestep` {k:g} is not one of this run's timesteps, from {self._visited[0]} to"
                 f" {self._visited[-1]}: take it from `scheduler.timesteps`, or call `set_timesteps` first."
             )
         return self._positions[k]
@@ -344,28 +369,29 @@ class VSDMScheduler(DriftOwner):
     def _marginal(self, timesteps: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The scales a and s at a batch of training times, shaped to broadcast against `like`."""
         timesteps = torch.as_tensor(timesteps).reshape(-1)
-        if timesteps.is_floating_point() or timesteps.numel() not in (1, len(like)):
+        if timesteps.numel() not in (1, len(like)):
             raise ValueError(
-                f"`timesteps` must be integer training steps, one or one for each of {len(like)} samples, got"
-                f" {timesteps.numel()} of type {timesteps.dtype}."
+                f"`timesteps` must be training steps, one or one for each of {len(like)} samples, got"
+                f" {timesteps.numel()}."
             )
-        if timesteps.device.type == "cpu" and not ((timesteps >= 0) & (timesteps < len(self))).all():
+        if timesteps.device.type == "cpu" and not ((timesteps >= 0) & (timesteps <= len(self) - 1)).all():
             raise ValueError(f"`timesteps` must lie in [0, {len(self)}), got {timesteps.tolist()}.")
         timesteps = timesteps.to(like.device)
         dtype = torch.float32 if like.dtype.itemsize < 4 else like.dtype
-        lam, ones = self._lam(), [1] * (like.ndim - 1)
-        if lam.ndim == 0:
+        lam, ones, fractional = self._lam(), [1] * (like.ndim - 1), timesteps.is_floating_point()
+        if lam.ndim == 0 and not fractional:
             a, s = self._cached(
                 ("marginal", like.device, dtype),
                 lambda: tuple(f(lam, self.integrated_beta).to(like.device, dtype) for f in MARGINAL_SCALES),
             )
             return a[timesteps].reshape(-1, *ones), s[timesteps].reshape(-1, *ones)
         # no table here: it would be N times as large as a sample
-        lam, g = self._cached(
+        lam, table = self._cached(
             ("clock", like.device, dtype),
             lambda: tuple(x.to(like.device, dtype) for x in (lam, self.integrated_beta)),
         )
-        a, s = (f(lam, g[timesteps].reshape(-1, *ones)) for f in MARGINAL_SCALES)
+        g = _interpolate(timesteps, table) if fractional else table[timesteps]
+        a, s = (f(lam, g.reshape(-1, *ones)) for f in MARGINAL_SCALES)
         return a, s
 
     def _check_event(self, sample: Tensor, name: str = "sample") -> None:
@@ -452,7 +478,7 @@ class VSDMScheduler(DriftOwner):
     def _prior_moments(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the first sample, at the first timestep of the run; float64."""
         lam = self._lam()
-        g = self.integrated_beta[int(self._grid[0])]
+        g = self._g(self._grid[:1], lam)[0]
         drift = self._drift
         if self._internal_dict["prior_type"] == "marginal":
             if drift is None:
@@ -485,6 +511,32 @@ class VSDMScheduler(DriftOwner):
             return (mean + std * noise).to(dtype)
         basis = self._drift.basis(noise.device, torch.float32)
         return basis.from_basis(mean + std * basis.to_basis(noise.float())).to(dtype)
+
+    def fit_moments(self, data: Tensor | Iterable[Tensor], basis: str = "dct") -> None:
+        r"""Start from the marginal prior $N(a_T m, a_T^2 v + s_T^2)$ of this data from now on.
+
+        A repair for existing models whose table leaves some signal at its last time (Lin et al. 2023): the network is
+        trained on $x_T$ with that signal, but sampling starts from N(0, I) without it, which costs contrast and
+        brightness where $a_T^2 v$ is not small. The process, the solver and the network stay as they are. In a
+        pipeline of another class pass `latents=scheduler.sample_prior(shape, generator)`.
+
+        Args:
+            data (`Tensor` or batches of them): What the network was trained on, images in [-1, 1] or scaled latents,
+                `(n, *event_shape)`; some hundreds will do.
+            basis (`str`, defaults to `"dct"`): Basis of the moments, where there is no drift yet. Images are
+                uncorrelated in `"dct"`, nearly, and not in `"identity"`; vectors have only the latter.
+        """
+        drift = self._drift
+        if drift is None:
+            first, batches = itertools.tee(as_batches(data))
+            shape = tuple(next(first).shape[1:])
+            drift = AdaptiveDiagonalDrift(shape, (1,) * len(shape), basis=basis)
+            data = batches
+        drift.fit_moments(data)
+        self.set_drift(drift)
+        self.register_to_config(prior_type="marginal")
+        defaults = self._internal_dict.get("_use_default_values", [])
+        self.register_to_config(_use_default_values=[key for key in defaults if key != "prior_type"])
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """The identity: the network sees the sample as it is."""
@@ -555,7 +607,7 @@ class VSDMScheduler(DriftOwner):
             latest = "eps" if tables.uses_noise else "x0"
             values |= {f"{latest}_{j}": old for j, old in enumerate(self._history, 1)}
             self._history.appendleft(values[latest])
-        if "noise" in terms and int(self._grid[index]) > 0:
+        if "noise" in terms and self._grid[index] > 0:
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=noise_dtype)
             values["noise"] = basis.to_basis(noise.to(sample.dtype))
             if predicted_variance is not None and self._solver.samples_posterior:
@@ -580,7 +632,7 @@ class VSDMScheduler(DriftOwner):
         root for `fixed_small_log`, and its logarithm for `fixed_large_log` and `learned_range`.
         """
         lam, kind = self._lam(), variance_type or self._internal_dict["variance_type"]
-        g, g_next = (self._g(np.atleast_1d(k), lam)[0] for k in (int(t), self.previous_timestep(t).numpy()))
+        g, g_next = (self._g(np.atleast_1d(k), lam)[0] for k in (t, self.previous_timestep(t).numpy()))
         small = process.posterior(lam, g, g_next)[2].clamp(min=1e-20).float()
         large = process.variance(lam, g - g_next).float()
         if kind in LEARNED and predicted_variance is not None:
@@ -607,3 +659,13 @@ class VSDMScheduler(DriftOwner):
         if config["clip_sample"]:
             return x0.clamp(-config["clip_sample_range"], config["clip_sample_range"])
         return x0
+
+
+def _interpolate(k: Tensor, table: Tensor) -> Tensor:
+    """A table of positive numbers at fractional positions in [0, N - 1], linear in the logarithm."""
+    k = k.to(table.dtype).clamp(0, len(table) - 1)
+    below = k.floor().long()
+    above = (below + 1).clamp(max=len(table) - 1)
+    return torch.where(
+        k == below, table[below], torch.exp(torch.lerp(table.log()[below], table.log()[above], k - below))
+    )

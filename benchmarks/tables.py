@@ -86,6 +86,14 @@ TABLES: dict[str, tuple[str, dict[str, Callable[[list[dict[str, Any]]], str]]]] 
             "in stochastic approximation, %": median("sa_share", 1, 100),
         },
     ),
+    "prior_repair": (
+        "prior_repair.json",
+        {"brightness": each("brightness", 3), "Frechet distance": each("frechet", 2)},
+    ),
+    "conformance": (
+        "conformance.json",
+        {name: median(name, 0) for name in ("passed", "skipped", "failure", "error", "deselected")},
+    ),
     "simulation": ("simulation.json", {"E[score x], x / y": axes("moment", 3)}),
 }
 

@@ -30,7 +30,7 @@ SHARED = {
     "ddpm_num_inference_steps": 2,
     "logger": "tensorboard",
 }
-OURS = {"max_train_steps": STEPS, "logging_steps": 1, "lr_warmup_steps": 10}
+OURS = {"max_train_steps": STEPS, "logging_steps": 10, "lr_warmup_steps": 10}
 NEUTRAL = {"baseline": "sgm", "ddpm_beta_schedule": "linear", "ddpm_num_steps": 1000, "prior_type": "conditional"}
 # in steps of training and trajectories as in the run of `benchmarks.cifar10`
 LEARNED = {"basis": "dct", "sa_stages": 1, "sa_trajectories": 32}

@@ -43,6 +43,56 @@ class DiagonalGaussian:
         return self.mean + gain * (x - mean), self.variance - gain * a * self.variance
 
 
+@dataclass(frozen=True)
+class GaussianMixture:
+    """Equal parts of N(means[c], variance), under the process with rates `lam`; its score is known, not its flow."""
+
+    means: Tensor  # (components, d)
+    variance: Tensor  # (d,)
+    lam: Tensor
+
+    def eps(self, x: Tensor, g: Tensor) -> Tensor:
+        """What a perfect epsilon network answers at `x`, `(n, d)`."""
+        a, noise = process.mean_scale(self.lam, g), process.variance(self.lam, g)
+        variance = (a**2 * self.variance + noise).to(x)
+        means = (a * self.means).to(x)
+        y, m = x / variance.sqrt(), means / variance.sqrt()
+        weight = torch.softmax(y @ m.T - 0.5 * (m * m).sum(1), dim=1)
+        return noise.sqrt().to(x) * (x - weight @ means) / variance
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(self.means), (n,), generator=generator)
+        noise = torch.randn((n, self.means.shape[1]), generator=generator, dtype=torch.float64)
+        return self.means[chosen] + self.variance.sqrt() * noise
+
+
+def _spectrum(d: int, total: float, power: float) -> Tensor:
+    """Variances that fall as those of an image's frequencies; their mean is `total`."""
+    v = torch.arange(1, d + 1, dtype=torch.float64) ** -power
+    return total * v / v.mean()
+
+
+def _benchmarks() -> dict[str, DiagonalGaussian | GaussianMixture]:
+    """With exact scores, at lambda 1, in 2 and in 3072 dimensions; fixed, to compare solvers on."""
+    generator = torch.Generator().manual_seed(2026)
+    angle = torch.arange(8, dtype=torch.float64) * torch.pi / 4
+    ring = torch.stack([angle.cos(), 0.5 * angle.sin()], dim=1)
+    wide = _spectrum(3072, 0.25, 1.0)
+    centres = torch.randn((64, 3072), generator=generator, dtype=torch.float64) * wide.sqrt()
+    two = torch.tensor([0.3, -0.2], dtype=torch.float64), torch.tensor([1.0, 0.01], dtype=torch.float64)
+    return {
+        "gaussian, d = 2": DiagonalGaussian(*two, torch.ones(2, dtype=torch.float64)),
+        "8 gaussians, d = 2": GaussianMixture(
+            ring, torch.tensor([0.01, 0.0025], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+        ),
+        "gaussian, d = 3072": DiagonalGaussian(torch.zeros_like(wide), wide, torch.ones_like(wide)),
+        "64 gaussians, d = 3072": GaussianMixture(centres, 0.1 * wide, torch.ones_like(wide)),
+    }
+
+
+BENCHMARKS = _benchmarks()
+
+
 ANISOTROPIC = DiagonalGaussian(
     mean=torch.tensor([1.0, -3.0, 0.5], dtype=torch.float64),
     variance=torch.tensor([0.25, 60.0, 4.0], dtype=torch.float64),

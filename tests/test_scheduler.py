@@ -232,7 +232,7 @@ def test_parameterizations_invert(name, lam, k):
     torch.testing.assert_close(scheduler.get_score(output, k, x), -eps / s, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(scheduler.step(output, k, x).pred_original_sample, x0, rtol=1e-4, atol=1e-5)
     shifted = PARAMETERIZATIONS[name].eps(output + 1e-3, x, a, s) - PARAMETERIZATIONS[name].eps(output, x, a, s)
-    expected = 1e-3 * PARAMETERIZATIONS[name].eps_per_unit(a, s)
+    expected = 1e-3 * PARAMETERIZATIONS[name].eps_terms(a, s)[1]
     torch.testing.assert_close(shifted.abs(), expected.expand_as(shifted).abs(), rtol=1e-5, atol=1e-12)
 
 
@@ -732,3 +732,15 @@ def test_foreign_configurations_keep_their_keys_and_get_our_default_solver():
     assert ours.config["solver"] == "ddpm"
     back = DPMSolverMultistepScheduler.from_config(ours.config)
     assert back.config["algorithm_type"] == "sde-dpmsolver++" and back.config["solver_order"] == 3
+
+
+@pytest.mark.parametrize("lam", [1.0, (0.7, 1.9, 1.0)])
+@pytest.mark.parametrize("solver", ["ddpm", "heun", "unipc"])
+def test_the_update_compiles_as_one_graph(solver, lam):
+    """A step is one pure function of numbers and tensors; the graph is captured, and run without a compiler."""
+    scheduler = drifting(solver=solver, lam=lam if isinstance(lam, tuple) else (lam,) * 3)
+    compiled = torch.compile(combine, fullgraph=True, backend="eager")
+    names = ("sample", "held", "x0", "x0_1", "x0_2", "eps", "noise")
+    values = {name: torch.randn(4, 3) for name in names}
+    for call in scheduler._calls(torch.device("cpu"), torch.float32)[:3]:
+        torch.testing.assert_close(compiled(call.terms, values), combine(call.terms, values))

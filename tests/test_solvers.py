@@ -3,10 +3,15 @@ import statistics
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from diffusers_vsdm import AdaptiveDiagonalDrift, VSDMScheduler
+from diffusers_vsdm.schedulers import scheduling_vsdm
+from diffusers_vsdm.schedulers.grids import TIME_GRIDS
 from diffusers_vsdm.solvers import SOLVERS
 
-from .problems import ANISOTROPIC, run, scheduler_for
+from .problems import ANISOTROPIC, DiagonalGaussian, run, scheduler_for
 
 
 N, END = 961, 240  # uniform steps from t = 1 to t = 0.25, where the flow is smooth in every solver's own clock
@@ -82,8 +87,6 @@ def law_of_samples(scheduler, problem, num_steps, monkeypatch):
 
     One run of a batch: without noise, from one unit further off, and with a unit of noise in each step alone.
     """
-    from diffusers_vsdm.schedulers import scheduling_vsdm
-
     g = scheduler.integrated_beta[int(scheduler.timesteps[0])]
     mean, variance = problem.moments(g)
     x = mean.expand(num_steps + 2, 3).clone()
@@ -139,3 +142,57 @@ def test_samples_of_every_solver_have_the_data_moments(name):
     # Monte Carlo error plus a first-order method's bias at 200 steps
     assert ((x.mean(0) - problem.mean) / problem.variance.sqrt()).abs().max() < 4 / n**0.5 + 0.03
     assert (x.var(0) / problem.variance - 1).abs().max() < 4 * (2 / n) ** 0.5 + 0.04
+
+
+TOLERANCE = {torch.float32: 5e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([(name, n) for name, solver in SOLVERS.items() for n in solver.rules]),
+    st.lists(st.floats(1e-6, 20), min_size=3, max_size=3),
+    st.floats(0.3, 1),
+    st.sampled_from(["epsilon", "v_prediction", "sample"]),
+    st.sampled_from(TIME_GRIDS),
+    st.integers(10, 25),
+    st.sampled_from(list(TOLERANCE)),
+)
+def test_stiff_processes_are_sampled_in_every_precision(rule, lam, share, prediction_type, time_grid, steps, dtype):
+    """Against the same run in float64, up to lambda g_T = 40; multistep ones in the noise are not for so stiff ones."""
+    lam = torch.tensor(lam, dtype=torch.float64)
+    stiffest = 10 if rule[0] in ("deis", "ipndm") else 40
+    beta_max = 2.7 * min(stiffest * share / max(float(lam.max()), 1e-3), 20)
+    problem = DiagonalGaussian(torch.tensor([0.5, -1.0, 0.0]).double(), torch.tensor([0.1, 2.0, 1.0]).double(), lam)
+    samples = []
+    for precision in (torch.float64, dtype):
+        scheduler = VSDMScheduler.from_power_law(
+            min(0.1, beta_max),
+            beta_max,
+            solver=rule[0],
+            solver_order=rule[1],
+            prediction_type=prediction_type,
+            time_grid=time_grid,
+        )
+        drift = AdaptiveDiagonalDrift((3,))
+        drift.set_lambda(lam)
+        scheduler.set_drift(drift)
+        scheduler.set_timesteps(steps)
+        g = scheduler._g(scheduler._grid[:1], torch.ones(()))
+        mean, variance = problem.moments(g)
+        x = (mean + torch.tensor([[1.0], [-0.7]]) * variance.sqrt()).to(precision)
+        _ = scheduler.init_noise_sigma
+        generator = torch.Generator().manual_seed(0)
+        for k in scheduler.timesteps:
+            like = x.double()
+            a, s = scheduler.marginal_scales(like, k)
+            g = scheduler._g(k.double().numpy()[None] if k.is_floating_point() else k.numpy()[None], torch.ones(()))
+            eps = problem.eps(like, g)
+            output = scheduler.parameterization.target((like - s * eps) / a, eps, a, s)
+            noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(precision)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(scheduling_vsdm, "randn_tensor", lambda *args, noise=noise, **kwargs: noise)
+                x = scheduler.step(output.to(precision), k, x).prev_sample
+            assert x.dtype == precision and x.isfinite().all()
+        samples.append(x.double())
+    scale = problem.variance.sqrt() + problem.mean.abs()
+    assert ((samples[1] - samples[0]).abs() / scale).max() < TOLERANCE[dtype]

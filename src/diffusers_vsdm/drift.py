@@ -191,9 +191,10 @@ class AdaptiveDiagonalDrift(Statistics):
 
     def version(self) -> Hashable:
         """Something that changes whenever a tensor is changed in place, for those who keep what they computed."""
-        if any(b.is_inference() for b in self.buffers()):
-            return self.digest()  # such tensors are not counted
-        return tuple((id(b), b._version) for b in self.buffers())
+        try:
+            return tuple((id(b), b._version) for b in self._buffers.values() if b is not None)
+        except RuntimeError:  # tensors of inference mode are not counted
+            return self.digest()
 
     # The file that travels with a scheduler ------------------------------------------------------------------
 

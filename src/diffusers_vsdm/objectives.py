@@ -68,4 +68,5 @@ def denoising_score_matching(
     if weight is None:
         return error.mean()
     beta = scheduler.rates(timesteps).to(error).reshape(-1, *[1] * (sample.ndim - 1))
-    return (weight(a, s, beta) * network.eps_per_unit(a, s) ** 2 * error).mean()
+    eps_per_unit = network.eps_terms(a, s)[1]
+    return (weight(a, s, beta) * eps_per_unit**2 * error).mean()

@@ -9,49 +9,57 @@ References:
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+
+Terms = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Parameterization:
-    r"""A row of [`PARAMETERIZATIONS`]; all functions are elementwise.
+    r"""A row of [`PARAMETERIZATIONS`]; all is elementwise, and linear in the sample and in the network's output.
 
     Attributes:
-        x0: `(output, x, a, s)` to the predicted data.
-        eps: `(output, x, a, s)` to the predicted noise.
+        x0_terms: `(a, s)` to the coefficients of sample and output in the predicted data.
+        eps_terms: The same for the predicted noise.
         target: `(x0, eps, a, s)` to what the network should output.
-        eps_per_unit: `(a, s)` to the error in eps that a unit error of the output makes.
     """
 
-    x0: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    eps: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    x0_terms: Terms
+    eps_terms: Terms
     target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    eps_per_unit: Callable[[Tensor, Tensor], Tensor]
+
+    def x0(self, output: Tensor, x: Tensor, a: Tensor, s: Tensor) -> Tensor:
+        """The predicted data."""
+        on_x, on_output = self.x0_terms(a, s)
+        return on_x * x + on_output * output
+
+    def eps(self, output: Tensor, x: Tensor, a: Tensor, s: Tensor) -> Tensor:
+        """The predicted noise."""
+        on_x, on_output = self.eps_terms(a, s)
+        return on_x * x + on_output * output
 
 
 PARAMETERIZATIONS: dict[str, Parameterization] = {
     "epsilon": Parameterization(
-        x0=lambda output, x, a, s: (x - s * output) / a,
-        eps=lambda output, x, a, s: output,
+        x0_terms=lambda a, s: (1 / a, -s / a),
+        eps_terms=lambda a, s: (torch.zeros_like(s), torch.ones_like(s)),
         target=lambda x0, eps, a, s: eps,
-        eps_per_unit=lambda a, s: s / s,
     ),
     "sample": Parameterization(
-        x0=lambda output, x, a, s: output,
-        eps=lambda output, x, a, s: (x - a * output) / s,
+        x0_terms=lambda a, s: (torch.zeros_like(s), torch.ones_like(s)),
+        eps_terms=lambda a, s: (1 / s, -a / s),
         target=lambda x0, eps, a, s: x0,
-        eps_per_unit=lambda a, s: a / s,
     ),
     "v_prediction": Parameterization(
-        x0=lambda output, x, a, s: (a * x - s * output) / (a**2 + s**2),
-        eps=lambda output, x, a, s: (s * x + a * output) / (a**2 + s**2),
+        x0_terms=lambda a, s: (a / (a**2 + s**2), -s / (a**2 + s**2)),
+        eps_terms=lambda a, s: (s / (a**2 + s**2), a / (a**2 + s**2)),
         target=lambda x0, eps, a, s: a * eps - s * x0,
-        eps_per_unit=lambda a, s: a / (a**2 + s**2),
     ),
     "score": Parameterization(
-        x0=lambda output, x, a, s: (x + s**2 * output) / a,
-        eps=lambda output, x, a, s: -s * output,
+        x0_terms=lambda a, s: (1 / a, s**2 / a),
+        eps_terms=lambda a, s: (torch.zeros_like(s), -s),
         target=lambda x0, eps, a, s: -eps / s,
-        eps_per_unit=lambda a, s: s,
     ),
 }

@@ -24,7 +24,7 @@ from ..statistics import as_batches
 from .drift_owner import DriftOwner
 from .grids import SPACINGS, TIME_GRIDS, continuous_grid, custom_grid, inference_grid
 from .parameterization import PARAMETERIZATIONS, Parameterization
-from .tables import LEARNED, VARIANCE_TYPES, StepTables, combine, learned_std, make_tables
+from .tables import LEARNED, VARIANCE_TYPES, Call, combine, learned_std, make_calls
 
 
 logger = logging.get_logger(__name__)
@@ -315,7 +315,7 @@ class VSDMScheduler(DriftOwner):
         self._visited = visited.tolist()
         self._begin_index = None
         self._forget()
-        for key in [key for key in self._caches if isinstance(key, tuple) and key[0] == "tables"]:
+        for key in [key for key in self._caches if isinstance(key, tuple) and key[0] == "calls"]:
             del self._caches[key]
 
     def index_for_timestep(self, timestep: int | Tensor) -> int:
@@ -354,17 +354,16 @@ class VSDMScheduler(DriftOwner):
             raise ValueError(f"`timestep` {float(timestep):g} is out of turn: the next one of this run is {expected}.")
         return self._step_index
 
-    def _tables(self, device: torch.device, dtype: torch.dtype) -> StepTables:
-        """The tables of this run in the type and place of the sample, made at the first step after a change."""
+    def _calls(self, device: torch.device, dtype: torch.dtype) -> list[Call]:
+        """The calls of this run for samples of this type and place, made at the first step after a change."""
 
-        def make() -> StepTables:
+        def make() -> list[Call]:
             lam, config = self._lam(), self._internal_dict
-            predicts_noise = config["prediction_type"] in ("epsilon", "score")
             g = self._g(self._grid[self._first_index :], lam)
-            kind = (config["variance_type"], predicts_noise)
-            return make_tables(self._solver, config["solver_order"], lam, g[:-1], g[1:], *kind, device, dtype)
+            rule = (self._solver, config["solver_order"], self.parameterization)
+            return make_calls(*rule, lam, g[:-1], g[1:], config["variance_type"], device, dtype)
 
-        return self._cached(("tables", device, dtype, self._first_index), make)
+        return self._cached(("calls", device, dtype, self._first_index), make)
 
     def _marginal(self, timesteps: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The scales a and s at a batch of training times, shaped to broadcast against `like`."""
@@ -581,43 +580,41 @@ class VSDMScheduler(DriftOwner):
                 " `init_noise_sigma` nor `sample_prior`. Use VSDMPipeline, or `latents=scheduler.sample_prior(...)`.",
                 stacklevel=2,
             )
-        tables, row = self._tables(sample.device, sample.dtype), index - self._first_index
-        if not tables.is_defined[row]:
+        call = self._calls(sample.device, sample.dtype)[index - self._first_index]
+        if not call.is_defined:
             raise ValueError(
-                f"`timestep` {int(timestep)} has no signal left (zero terminal SNR, or lambda * g too large): there"
-                f" `prediction_type` {self._internal_dict['prediction_type']!r} with `solver`"
+                f"`timestep` {float(timestep):g} has no signal left (zero terminal SNR, or lambda * g too large):"
+                f" there `prediction_type` {self._internal_dict['prediction_type']!r} with `solver`"
                 f" {self._internal_dict['solver']!r} is undefined: use 'v_prediction' or 'sample' with 'ddpm'."
             )
-        a, s = tables.a[row], tables.s[row]
-
-        network = self.parameterization
         basis = self.basis(sample)
         sample, model_output = basis.to_basis(sample), basis.to_basis(model_output)
-        x0 = network.x0(model_output, sample, a, s)
-        prediction = self._clip(basis.from_basis(x0))
+        values = {"sample": sample, "output": model_output}
+        values["x0"] = combine(call.x0, values)
+        prediction = basis.from_basis(values["x0"])
         if self._internal_dict["clip_sample"] or self._internal_dict["thresholding"]:
-            x0 = basis.to_basis(prediction)
-        terms, hold = tables.terms[row], tables.hold[row]
-        values = {"sample": sample, "x0": x0}
-        if tables.uses_noise:
-            values["eps"] = network.eps(model_output, sample, a, s)
+            prediction = self._clip(prediction)
+            values["x0"] = basis.to_basis(prediction)
+        if call.eps:
+            values["eps"] = combine(call.eps, values)
         if self._held is not None:
             values["held"] = self._held
         if self._solver.multistep:
-            latest = "eps" if tables.uses_noise else "x0"
-            values |= {f"{latest}_{j}": old for j, old in enumerate(self._history, 1)}
+            latest = "eps" if call.eps else "x0"
+            for j, older in enumerate(self._history, 1):
+                values[f"{latest}_{j}"] = older
             self._history.appendleft(values[latest])
+        terms = call.terms
         if "noise" in terms and self._grid[index] > 0:
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=noise_dtype)
             values["noise"] = basis.to_basis(noise.to(sample.dtype))
             if predicted_variance is not None and self._solver.samples_posterior:
                 if not isinstance(basis, IdentityBasis):
                     raise ValueError("`variance_type` 'learned...' is per pixel: it has no meaning in another basis.")
-                bounds = (column[row] for column in tables.log_variance)
-                std = learned_std(self._internal_dict["variance_type"], predicted_variance, *bounds)
+                std = learned_std(self._internal_dict["variance_type"], predicted_variance, *call.log_variance)
                 terms = terms | {"noise": std}
         previous = combine(terms, values)
-        self._held = combine(hold, values) if hold else None
+        self._held = combine(call.hold, values) if call.hold else None
         previous, prediction = basis.from_basis(previous).to(dtype), prediction.to(dtype)
 
         self._step_index = index + 1

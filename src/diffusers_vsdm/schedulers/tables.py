@@ -1,14 +1,14 @@
-"""The numbers of a sampling run: made once in double precision, cast, and read row by row."""
+"""The numbers of a sampling run: made once in double precision, cast, and read call by call."""
 
-import functools
-import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import process
 from ..solvers import Solver
+from .parameterization import Parameterization
 
 
 # the "log" spellings of Diffusers mean the same standard deviation
@@ -18,55 +18,56 @@ LEARNED = ("learned", "learned_range")
 VARIANCE_TYPES = (None, "fixed_small", "fixed_small_log", *FIXED_LARGE, *LEARNED)
 
 
-Row = dict[str, Tensor]
+# a Python number where it is the same for all dimensions: it needs no transfer, and no pass of its own
+Row = dict[str, float | Tensor]
 
 
 @dataclass(frozen=True)
-class StepTables:
-    """One entry for each network call of a run.
+class Call:
+    """The numbers of one network call.
 
     Attributes:
-        a, s: The scales of the process at the call's time.
+        x0, eps: Coefficients of `sample` and `output` in the predicted data and noise; `eps` is empty if unused.
         terms: The solver's coefficients by name, see [`Coefficients`]; terms that are 0 are left out, but for noise.
         hold: The same for what is to be held; empty where nothing is.
-        uses_noise: Whether any term is of the predicted noise.
         log_variance: Logarithms of the least and the largest variance of the `ddpm` solver, for learned variances.
-        is_defined: Whether the step's numbers are finite and leave a prediction of the noise something to say.
+        is_defined: Whether all of these are finite and leave a prediction of the noise something to say.
     """
 
-    a: list[Tensor]
-    s: list[Tensor]
-    terms: list[Row]
-    hold: list[Row]
-    uses_noise: bool
-    log_variance: tuple[list[Tensor], list[Tensor]]
-    is_defined: list[bool]
+    x0: Row
+    eps: Row
+    terms: Row
+    hold: Row
+    log_variance: tuple[float | Tensor, float | Tensor]
+    is_defined: bool
 
 
-def make_tables(
+def make_calls(
     solver: Solver,
     order: int,
+    network: Parameterization,
     lam: Tensor,
     g: Tensor,
     g_next: Tensor,
     variance_type: str | None,
-    predicts_noise: bool,
     device: torch.device,
     dtype: torch.dtype,
-) -> StepTables:
-    """The tables of a run of n steps.
+) -> list[Call]:
+    """The calls of a run of n steps.
 
     Args:
         solver, order: A row of `SOLVERS`, and which of its rules.
+        network: What is predicted.
         lam: Lambda in float64: a scalar, or shaped as the drift's.
         g, g_next: The integrated beta before and after each step, `(n, 1, ..., 1)` in float64.
         variance_type: As in `DDPMScheduler`; for solvers that sample the posterior.
-        predicts_noise: Whether the data must be found from a predicted noise or score.
-        device, dtype: Of the samples. Scalars stay on the CPU, where they need no transfer.
+        device, dtype: Of the samples.
     """
+    limits = torch.finfo(dtype)
 
-    def place(table: Tensor) -> list[Tensor]:
-        return list((table.to(dtype) if table.ndim == 1 else table.to(device, dtype)).unbind(0))
+    def place(table: Tensor) -> list[Any]:
+        table = table.clamp(-limits.max, limits.max)
+        return table.tolist() if table.ndim == 1 else list(table.to(device, dtype).unbind(0))
 
     def rows(columns: dict[str, Tensor]) -> list[Row]:
         kept = {name: (place(c), (c != 0).reshape(len(c), -1).any(1).tolist()) for name, c in columns.items()}
@@ -81,33 +82,47 @@ def make_tables(
     coefficients = solver.rule(order).coefficients(lam, g, g_next)
     terms = coefficients.columns()
     hold = coefficients.hold.columns() if coefficients.hold else {}
-    small = process.posterior(lam, g, g_next)[2].clamp(min=1e-20)  # Diffusers' floor, for its logarithm
-    large = process.variance(lam, g - g_next)
+    before, after = at_call, g_next.repeat_interleave(calls, 0)[calls - 1 :]
+    small = process.posterior(lam, before, after)[2].clamp(min=1e-20)  # Diffusers' floor, for its logarithm
+    large = process.variance(lam, before - after)
     if solver.samples_posterior and variance_type in FIXED_LARGE:
         terms["noise"] = large.sqrt()
+    x0, eps = (dict(zip(("sample", "output"), f(a, s), strict=True)) for f in (network.x0_terms, network.eps_terms))
 
-    numbers = (s, *terms.values(), *hold.values())
-    defined = torch.stack([torch.isfinite(table).reshape(len(a), -1).all(1) for table in numbers]).all(0)
-    if predicts_noise and "x0" in terms:
-        # the data is (x - s eps) / a: leave room for a network's error in the working precision
-        defined = defined & (a > 1e6 * torch.finfo(dtype).tiny).reshape(len(a), -1).all(1)
-    return StepTables(
-        a=place(a),
-        s=place(s),
-        terms=rows(terms),
-        hold=rows(hold),
-        uses_noise=coefficients.eps is not None,
-        log_variance=(place(small.log()), place(large.log())),
-        is_defined=defined.tolist(),
+    # the data may be a large multiple of the sample: leave room for a network's error in the working precision
+    numbers = [s, *terms.values(), *hold.values(), *(eps.values() if "eps" in terms else [])]
+    checks = [table.abs() < limits.max for table in numbers]
+    checks += [table.abs() < 1e-6 / limits.tiny for table in x0.values()] if "x0" in terms else []
+    defined = torch.stack([check.reshape(len(a), -1).all(1) for check in checks]).all(0)
+    columns = (
+        rows(x0),
+        rows(eps) if "eps" in terms else [{}] * len(a),
+        rows(terms),
+        rows(hold),
+        list(zip(place(small.log()), place(large.log()), strict=True)),
+        defined.tolist(),
     )
+    return [Call(*numbers) for numbers in zip(*columns, strict=True)]
 
 
-def combine(terms: Row, values: Row) -> Tensor:
+def combine(terms: Row, values: dict[str, Tensor]) -> Tensor:
     """The sum of the terms whose values there are."""
-    return functools.reduce(operator.add, (terms[name] * values[name] for name in terms if name in values))
+    total = None
+    for name, coefficient in terms.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        if total is None:
+            total = value * coefficient
+        elif isinstance(coefficient, Tensor):
+            total.addcmul_(value, coefficient)
+        else:
+            total.add_(value, alpha=coefficient)
+    assert total is not None  # every row of every solver has a term
+    return total
 
 
-def learned_std(variance_type: str, predicted: Tensor, log_small: Tensor, log_large: Tensor) -> Tensor:
+def learned_std(variance_type: str, predicted: Tensor, log_small: float | Tensor, log_large: float | Tensor) -> Tensor:
     """Standard deviation from a network's second half of channels (Nichol and Dhariwal 2021, Eq. 15)."""
     if variance_type == "learned":
         return predicted.sqrt()

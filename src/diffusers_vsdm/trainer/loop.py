@@ -317,7 +317,7 @@ class Trainer:
         network.train()
 
     def _new_ema(self, decay: float) -> EMAModel | None:
-        return EMAModel(self.network.parameters(), decay=decay, foreach=True) if self.config.use_ema else None
+        return EMAModel(self.network.parameters(), decay=decay) if self.config.use_ema else None
 
     def _log(self, bar: tqdm) -> None:
         loss = torch.stack(self.losses).mean().item()

@@ -17,7 +17,8 @@ from .config import POWER_LAW, TrainingConfig
 
 
 # enough for the moments of images: their means and variances are known to 1%
-MOMENT_SAMPLES, MOMENT_BATCH = 10_000, 256
+MOMENT_SAMPLES = 10_000
+MOMENT_BATCH = 64
 
 
 class VectorDataset(Dataset):

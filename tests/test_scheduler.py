@@ -22,6 +22,7 @@ from diffusers_vsdm import AdaptiveDiagonalDrift, VSDMScheduler, process
 from diffusers_vsdm.schedulers.drift_owner import DRIFT_FILE, DRIFT_FOLDER
 from diffusers_vsdm.schedulers.grids import TIME_GRIDS
 from diffusers_vsdm.schedulers.parameterization import PARAMETERIZATIONS
+from diffusers_vsdm.schedulers.tables import combine
 
 from .problems import ANISOTROPIC, scheduler_for
 
@@ -739,6 +740,7 @@ def test_foreign_configurations_keep_their_keys_and_get_our_default_solver():
 def test_the_update_compiles_as_one_graph(solver, lam):
     """A step is one pure function of numbers and tensors; the graph is captured, and run without a compiler."""
     scheduler = drifting(solver=solver, lam=lam if isinstance(lam, tuple) else (lam,) * 3)
+    torch.compiler.reset()
     compiled = torch.compile(combine, fullgraph=True, backend="eager")
     names = ("sample", "held", "x0", "x0_1", "x0_2", "eps", "noise")
     values = {name: torch.randn(4, 3) for name in names}

@@ -158,7 +158,7 @@ TOLERANCE = {torch.float32: 5e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
     st.sampled_from(list(TOLERANCE)),
 )
 def test_stiff_processes_are_sampled_in_every_precision(rule, lam, share, prediction_type, time_grid, steps, dtype):
-    """Against the same run in float64, up to lambda g_T = 40; multistep ones in the noise are not for so stiff ones."""
+    """Against the same run in float64, up to lambda g_T = 40 (10 for multistep rules in the noise)."""
     lam = torch.tensor(lam, dtype=torch.float64)
     stiffest = 10 if rule[0] in ("deis", "ipndm") else 40
     beta_max = 2.7 * min(stiffest * share / max(float(lam.max()), 1e-3), 20)

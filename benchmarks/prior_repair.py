@@ -3,9 +3,9 @@
     python -m benchmarks.prior_repair --data FOLDER     # a folder with CIFAR-10 as on the Hub
 
 The table is Stable Diffusion's, a_T = 0.068. The network is perfect: the exact score of 2,000 images of CIFAR-10 at
-32x32, as they are and with twice the contrast. Beside N(0, I) and the marginal priors stand noise with an offset per
-channel, and `rescale_betas_zero_snr`, both for the same network, and for one that knows the new table. Writes
-`benchmarks/results/prior_repair.json`.
+32x32, as they are and with twice the contrast. Beside N(0, I) and the marginal priors stand offset noise, for a
+network that was trained with it, and `rescale_betas_zero_snr`, for the same network and for one that was trained with
+the new table. Writes `benchmarks/results/prior_repair.json`.
 """
 
 import argparse
@@ -34,18 +34,28 @@ SAMPLER = {"solver": "dpmsolver++", "timestep_spacing": "trailing"}
 
 
 class PerfectNetwork:
-    """Predicts v exactly for equally likely `images` `(n, ...)`, noised by the table of `scheduler`."""
+    """Predicts v exactly for equally likely `images` `(n, C, H, W)`, noised by the table of `scheduler`.
 
-    def __init__(self, images: Tensor, scheduler: VSDMScheduler):
-        self.images, self.flat = images, images.flatten(1)
-        self.squares = self.flat.square().sum(1)
+    With an `offset` the noise that it was trained on has that much more standard deviation, common to the pixels of a
+    channel.
+    """
+
+    def __init__(self, images: Tensor, scheduler: VSDMScheduler, offset: float = 0.0):
+        self.flat = images.flatten(1)
+        self.widening = (1 + offset**2 * images.shape[-1] * images.shape[-2]) ** 0.5  # of the noise in the means
+        self.whitened = self.whiten(images)
+        self.squares = self.whitened.square().sum(1)
         self.g = scheduler.integrated_beta
+
+    def whiten(self, x: Tensor) -> Tensor:
+        """Coordinates in which the noise is N(0, I)."""
+        return (x - (1 - 1 / self.widening) * x.mean((2, 3), keepdim=True)).flatten(1)
 
     def __call__(self, x: Tensor, k: Tensor) -> Tensor:
         """The network's output at samples `x` and training step `k`."""
         one = torch.ones((), dtype=torch.float64)
         a, s = process.mean_scale(one, self.g[int(k)]), process.std(one, self.g[int(k)])
-        logits = (a * (x.flatten(1) @ self.flat.T) - 0.5 * a**2 * self.squares) / s**2
+        logits = (a * (self.whiten(x) @ self.whitened.T) - 0.5 * a**2 * self.squares) / s**2
         x0 = (torch.softmax(logits, dim=1) @ self.flat).reshape(x.shape)
         eps = (x - a * x0) / s
         return (a * eps - s * x0).float()
@@ -99,11 +109,11 @@ def starts(images: Tensor) -> dict[str, Callable[[torch.Generator], Tensor]]:
         return plain(generator) + OFFSET * torch.randn((*shape[:2], 1, 1), generator=generator)
 
     rescaled = VSDMScheduler(**settings, rescale_betas_zero_snr=True)
-    # a step from no signal at all: first order has no trouble with it
+    offsetting = PerfectNetwork(images, original, OFFSET)
     retrained = PerfectNetwork(images, rescaled)
     return {
         "N(0, I)": lambda generator: sample(network, original, plain(generator)),
-        "N(0, I) and an offset": lambda generator: sample(network, original, offset(generator)),
+        "offset noise, retrained network": lambda generator: sample(offsetting, original, offset(generator)),
         "zero terminal SNR, same network": lambda generator: sample(network, rescaled, plain(generator)),
         "zero terminal SNR, retrained network": lambda generator: sample(retrained, rescaled, plain(generator)),
         "marginal per pixel": marginal("identity"),

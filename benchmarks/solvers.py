@@ -2,7 +2,7 @@
 
     python -m benchmarks.solvers
 
-The problems are `BENCHMARKS` of `tests/problems.py`, on DDPM's linear table. All start from the same noise at its last
+The problems are `benchmarks` of `tests/problems.py`, on DDPM's linear table. All start from the same noise at its last
 time; the error of a sample is its distance to the end of its path of the probability flow (exact for a Gaussian, in
 1,000 steps for a mixture), in units of the data's standard deviation. Diffusers' schedulers get the exact score at the
 noise level that they step from, also where they would round its time for a network. Writes
@@ -32,7 +32,7 @@ from torch import Tensor
 from diffusers_vsdm import VSDMScheduler
 from diffusers_vsdm.solvers import SOLVERS
 from diffusers_vsdm.trainer.report import versions
-from tests.problems import BENCHMARKS, DiagonalGaussian
+from tests.problems import DiagonalGaussian, benchmarks
 
 from .tables import RESULTS
 
@@ -150,7 +150,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     runs: list[dict[str, Any]] = []
     g = VSDMScheduler().integrated_beta[-1]
-    for name, problem in BENCHMARKS.items():
+    for name, problem in benchmarks().items():
         d = problem.variance.numel()
         x = torch.randn((SAMPLES[d], d), generator=torch.Generator().manual_seed(0))
         spread = problem.variance

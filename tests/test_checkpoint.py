@@ -4,11 +4,13 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 
 from diffusers_vsdm.trainer import Trainer, TrainingConfig, checkpoint
@@ -206,7 +208,12 @@ def _two_processes(folder, batch_size, stage_only):
 def test_two_processes_compute_what_one_does(tmp_path, stage_only, tolerance):
     _two_processes(tmp_path, 64, stage_only)
     AcceleratorState._reset_state(True)
-    debug_launcher(_two_processes, args=(tmp_path, 32, stage_only), num_processes=2)
+    # from a process without threads of its own: a fork of this one may wait for them for ever
+    code = (
+        "from pathlib import Path; from accelerate import debug_launcher; from tests import test_checkpoint as t;"
+        f" debug_launcher(t._two_processes, (Path({str(tmp_path)!r}), 32, {stage_only}), num_processes=2)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True, timeout=60)
     one, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     assert first == second  # without a broadcast
     for a, b in zip(one, first, strict=True):

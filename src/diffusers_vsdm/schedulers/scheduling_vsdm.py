@@ -407,7 +407,7 @@ class VSDMScheduler(DriftOwner):
 
         Args:
             sample (`Tensor`): Samples `(batch, *event_shape)`, for shape, device and type (float32 at least).
-            timesteps (`Tensor`): Integer training steps `(batch,)`, or one for all.
+            timesteps (`Tensor`): Training steps `(batch,)`, or one for all; fractional ones lie between two.
         """
         self._check_event(sample)
         return self._marginal(timesteps, sample)
@@ -436,7 +436,7 @@ class VSDMScheduler(DriftOwner):
 
         Args:
             original_samples, noise (`Tensor`): Data and standard normal noise, `(batch, *event_shape)`.
-            timesteps (`Tensor`): Integer training steps, `(batch,)`.
+            timesteps (`Tensor`): Training steps, `(batch,)`; fractional ones lie between two.
 
         Raises:
             ValueError: The shapes disagree, or a timestep lies outside the table.
@@ -554,7 +554,7 @@ class VSDMScheduler(DriftOwner):
         Args:
             model_output (`Tensor`): The network's output at (`sample`, `timestep`), `(batch, *event_shape)`; with a
                 learned variance, twice the channels.
-            timestep (`int` or `Tensor`): Integer training step, one of `timesteps`.
+            timestep (`int`, `float` or `Tensor`): Training step, one of `timesteps`.
             sample (`Tensor`): The current $x_t$, `(batch, *event_shape)`.
             generator (`torch.Generator` or a list of them, *optional*): For stochastic solvers.
             return_dict (`bool`, defaults to `True`): Whether to return a [`VSDMSchedulerOutput`] or a tuple.
@@ -629,7 +629,7 @@ class VSDMScheduler(DriftOwner):
         root for `fixed_small_log`, and its logarithm for `fixed_large_log` and `learned_range`.
         """
         lam, kind = self._lam(), variance_type or self._internal_dict["variance_type"]
-        g, g_next = (self._g(np.atleast_1d(k), lam)[0] for k in (t, self.previous_timestep(t).numpy()))
+        g, g_next = (self._g(np.array([float(k)]), lam)[0] for k in (t, self.previous_timestep(t)))
         small = process.posterior(lam, g, g_next)[2].clamp(min=1e-20).float()
         large = process.variance(lam, g - g_next).float()
         if kind in LEARNED and predicted_variance is not None:

@@ -222,8 +222,7 @@ class Trainer:
             index, sample = next(batches)
             with self.accelerator.accumulate(self.model):
                 sample, noise, timesteps = self._draw(index, sample)
-                with self.accelerator.autocast():
-                    prediction = self.model(self.scheduler.add_noise(sample, noise, timesteps), timesteps).sample
+                prediction = self.model(self.scheduler.add_noise(sample, noise, timesteps), timesteps).sample
                 loss = denoising_score_matching(
                     self.scheduler, prediction, sample, noise, timesteps, self.config.weighting
                 )

@@ -106,19 +106,14 @@ def make_calls(
 
 
 def combine(terms: Row, values: dict[str, Tensor]) -> Tensor:
-    """The sum of the terms whose values there are."""
-    total = None
-    for name, coefficient in terms.items():
-        value = values.get(name)
-        if value is None:
-            continue
-        if total is None:
-            total = value * coefficient
-        elif isinstance(coefficient, Tensor):
+    """The sum of the terms whose values there are; every row of a solver has one."""
+    (coefficient, value), *others = ((c, values[name]) for name, c in terms.items() if name in values)
+    total = value * coefficient
+    for coefficient, value in others:
+        if isinstance(coefficient, Tensor):
             total.addcmul_(value, coefficient)
         else:
             total.add_(value, alpha=coefficient)
-    assert total is not None  # every row of every solver has a term
     return total
 
 

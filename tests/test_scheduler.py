@@ -248,17 +248,20 @@ def test_scaled_input_is_the_sample():
     st.floats(0.1, 10),
     st.integers(0, 2**31),
     st.sampled_from([torch.float32, torch.float16]),
+    st.sampled_from([1, 25]),
 )
-def test_scales_of_every_dimension_are_those_of_double_precision(lam, beta_max, seed, dtype):
+def test_scales_of_every_dimension_are_those_of_double_precision(lam, beta_max, seed, dtype, repeats):
+    """With few rates, from a table, and with many, without."""
+    d = 4 * repeats
     scheduler = VSDMScheduler.from_power_law(beta_max=beta_max)
-    drift = AdaptiveDiagonalDrift((4,))
-    drift.set_lambda(torch.tensor(lam, dtype=torch.float64))
+    drift = AdaptiveDiagonalDrift((d,))
+    drift.set_lambda(torch.tensor(lam * repeats, dtype=torch.float64))
     scheduler.set_drift(drift)
     k = torch.randint(100, (16,), generator=torch.Generator().manual_seed(seed))
-    a, s = scheduler.marginal_scales(torch.zeros(16, 4, dtype=dtype), k)
+    a, s = scheduler.marginal_scales(torch.zeros(16, d, dtype=dtype), k)
     g = scheduler.integrated_beta[k].reshape(-1, 1)
     assert a.dtype == s.dtype == torch.float32
-    a, s = (scale.expand(16, 4) for scale in (a, s))
+    a, s = (scale.expand(16, d) for scale in (a, s))
     torch.testing.assert_close(a.double(), process.mean_scale(drift.lam, g), rtol=2e-5, atol=1e-38)
     torch.testing.assert_close(s.double(), process.std(drift.lam, g), rtol=1e-6, atol=0)
 

@@ -33,6 +33,7 @@ HISTORY = 3  # older predictions that a solver may ask for
 PRIORS = ("conditional", "marginal")
 FINAL_SIGMAS = ("zero", "sigma_min")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+FEW_RATES = 64  # so many are looked up in a table at every training time
 MARGINAL_SCALES = (process.mean_scale, process.std)
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -378,13 +379,16 @@ class VSDMScheduler(DriftOwner):
         timesteps = timesteps.to(like.device)
         dtype = torch.float32 if like.dtype.itemsize < 4 else like.dtype
         lam, ones, fractional = self._lam(), [1] * (like.ndim - 1), timesteps.is_floating_point()
-        if lam.ndim == 0 and not fractional:
+        if lam.numel() <= FEW_RATES and not fractional:
             a, s = self._cached(
                 ("marginal", like.device, dtype),
-                lambda: tuple(f(lam, self.integrated_beta).to(like.device, dtype) for f in MARGINAL_SCALES),
+                lambda: tuple(
+                    f(lam, self._g(np.arange(len(self)), lam)).to(like.device, dtype) for f in MARGINAL_SCALES
+                ),
             )
-            return a[timesteps].reshape(-1, *ones), s[timesteps].reshape(-1, *ones)
-        # no table here: it would be N times as large as a sample
+            shape = (-1, *(lam.shape or ones))
+            return a[timesteps].reshape(shape), s[timesteps].reshape(shape)
+        # no table for many rates: it would be N times as large as a sample
         lam, table = self._cached(
             ("clock", like.device, dtype),
             lambda: tuple(x.to(like.device, dtype) for x in (lam, self.integrated_beta)),

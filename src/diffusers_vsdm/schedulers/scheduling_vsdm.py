@@ -23,6 +23,7 @@ from ..solvers import SOLVERS
 from ..statistics import as_batches
 from .drift_owner import DriftOwner
 from .grids import SPACINGS, TIME_GRIDS, continuous_grid, custom_grid, inference_grid
+from .marginals import Marginals, integrated_beta_at, log_sigma
 from .parameterization import PARAMETERIZATIONS, Parameterization
 from .tables import LEARNED, VARIANCE_TYPES, Call, combine, learned_std, make_calls
 
@@ -33,8 +34,6 @@ HISTORY = 3  # older predictions that a solver may ask for
 PRIORS = ("conditional", "marginal")
 FINAL_SIGMAS = ("zero", "sigma_min")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
-FEW_RATES = 64  # so many are looked up in a table at every training time
-MARGINAL_SCALES = (process.mean_scale, process.std)
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -217,10 +216,7 @@ class VSDMScheduler(DriftOwner):
 
     def _g(self, k: np.ndarray | Tensor, lam: Tensor) -> Tensor:
         """The integrated beta at training times `k` (-1 is the data), shaped to broadcast against `lam`."""
-        table = torch.cat([self.integrated_beta, self.integrated_beta.new_zeros(1)])  # index -1 is the last
-        k = torch.as_tensor(np.ascontiguousarray(k))
-        g = table[k] if not k.is_floating_point() else torch.where(k < 0, 0.0, _interpolate(k, self.integrated_beta))
-        return g.reshape(-1, *[1] * lam.ndim)
+        return integrated_beta_at(k, self.integrated_beta).reshape(-1, *[1] * lam.ndim)
 
     def _log_sigma(self) -> np.ndarray:
         """log(s/a) at every training time: one number for all dimensions, as `time_grid` says."""
@@ -228,8 +224,7 @@ class VSDMScheduler(DriftOwner):
         # the log-SNR falls with lambda
         if kind in ("log_snr_largest", "log_snr_smallest"):
             lam = lam.min() if kind == "log_snr_largest" else lam.max()
-        mean = torch.stack([process.log_snr(lam, g).mean() for g in self.integrated_beta])
-        return (-0.5 * mean).numpy()
+        return self._cached(("log_sigma", kind), lambda: log_sigma(lam, self.integrated_beta))
 
     def __len__(self) -> int:
         return len(self.betas)
@@ -296,8 +291,7 @@ class VSDMScheduler(DriftOwner):
         if num_inference_steps is None:
             grid = custom_grid(np.asarray(timesteps), len(self), self._to_data)
         elif config["time_grid"] != "spacing":
-            log_sigma = self._cached("log_sigma", self._log_sigma)
-            grid = continuous_grid(config["time_grid"], num_inference_steps, log_sigma, self._to_data)
+            grid = continuous_grid(config["time_grid"], num_inference_steps, self._log_sigma(), self._to_data)
         else:
             grid = inference_grid(
                 num_inference_steps, len(self), config["timestep_spacing"], config["steps_offset"], self._to_data
@@ -366,36 +360,26 @@ class VSDMScheduler(DriftOwner):
 
         return self._cached(("calls", device, dtype, self._first_index), make)
 
-    def _marginal(self, timesteps: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The scales a and s at a batch of training times, shaped to broadcast against `like`."""
+    def _marginals(self, like: Tensor, dtype: torch.dtype) -> Marginals:
+        """The process for samples like this one, with scales of this type."""
+        return self._cached(
+            ("marginals", like.device, dtype, like.ndim),
+            lambda: Marginals(self._lam(), self.integrated_beta, like, dtype),
+        )
+
+    def _training_times(self, timesteps: Tensor | int, like: Tensor) -> Tensor:
+        """A batch of training times, or one for all, beside the samples."""
         timesteps = torch.as_tensor(timesteps).reshape(-1)
         if timesteps.numel() not in (1, len(like)):
             raise ValueError(
                 f"`timesteps` must be training steps, one or one for each of {len(like)} samples, got"
                 f" {timesteps.numel()}."
             )
-        if timesteps.device.type == "cpu" and not ((timesteps >= 0) & (timesteps <= len(self) - 1)).all():
-            raise ValueError(f"`timesteps` must lie in [0, {len(self)}), got {timesteps.tolist()}.")
-        timesteps = timesteps.to(like.device)
-        dtype = torch.float32 if like.dtype.itemsize < 4 else like.dtype
-        lam, ones, fractional = self._lam(), [1] * (like.ndim - 1), timesteps.is_floating_point()
-        if lam.numel() <= FEW_RATES and not fractional:
-            a, s = self._cached(
-                ("marginal", like.device, dtype),
-                lambda: tuple(
-                    f(lam, self._g(np.arange(len(self)), lam)).to(like.device, dtype) for f in MARGINAL_SCALES
-                ),
-            )
-            shape = (-1, *(lam.shape or ones))
-            return a[timesteps].reshape(shape), s[timesteps].reshape(shape)
-        # no table for many rates: it would be N times as large as a sample
-        lam, table = self._cached(
-            ("clock", like.device, dtype),
-            lambda: tuple(x.to(like.device, dtype) for x in (lam, self.integrated_beta)),
-        )
-        g = _interpolate(timesteps, table) if fractional else table[timesteps]
-        a, s = (f(lam, g.reshape(-1, *ones)) for f in MARGINAL_SCALES)
-        return a, s
+        if timesteps.device.type == "cpu":
+            least, most = timesteps.aminmax()
+            if least < 0 or most > len(self.betas) - 1:
+                raise ValueError(f"`timesteps` must lie in [0, {len(self)}), got {timesteps.tolist()}.")
+        return timesteps.to(like.device)
 
     def _check_event(self, sample: Tensor, name: str = "sample") -> None:
         if self._drift is not None and tuple(sample.shape[1:]) != self._drift.event_shape:
@@ -414,7 +398,8 @@ class VSDMScheduler(DriftOwner):
             timesteps (`Tensor`): Training steps `(batch,)`, or one for all; fractional ones lie between two.
         """
         self._check_event(sample)
-        return self._marginal(timesteps, sample)
+        at = self._marginals(sample, _at_least_float32(sample.dtype))
+        return at.scales(self._training_times(timesteps, sample))
 
     @property
     def parameterization(self) -> Parameterization:
@@ -450,10 +435,19 @@ class VSDMScheduler(DriftOwner):
                 f"`noise` of shape {tuple(noise.shape)} and `original_samples` of shape"
                 f" {tuple(original_samples.shape)} must agree."
             )
-        a, s = self.marginal_scales(original_samples, timesteps)
-        basis = self.basis(s)
-        x0, eps = (basis.to_basis(x.to(s.dtype)) for x in (original_samples, noise))
-        return basis.from_basis(a * x0 + s * eps).to(original_samples.dtype)
+        self._check_event(original_samples)
+        dtype = original_samples.dtype
+
+        def make() -> tuple[Basis, torch.dtype, Marginals]:
+            basis = self.basis(original_samples.to(_at_least_float32(dtype)))
+            computed_in = dtype if isinstance(basis, IdentityBasis) else _at_least_float32(dtype)
+            return basis, computed_in, self._marginals(original_samples, computed_in)
+
+        # one look at the cache, for small samples
+        basis, computed_in, at = self._cached(("forward", original_samples.device, dtype, original_samples.ndim), make)
+        a, s = at.scales(self._training_times(timesteps, original_samples))
+        x0, eps = (basis.to_basis(x.to(computed_in)) for x in (original_samples, noise))
+        return basis.from_basis((x0 * a).addcmul_(eps, s)).to(dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         r"""$v = a_t \epsilon - s_t x_0$, the target of `v_prediction`; shapes as in [`add_noise`]."""
@@ -574,7 +568,7 @@ class VSDMScheduler(DriftOwner):
                 " must agree."
             )
         dtype, noise_dtype = sample.dtype, model_output.dtype
-        computed_in = torch.float32 if dtype.itemsize < 4 else dtype
+        computed_in = _at_least_float32(dtype)
         sample, model_output = sample.to(computed_in), model_output.to(computed_in)
         index = self._next_index(timestep)
         if index == 0 and not self._prior_was_used and self._drift is not None and not self._drift.is_neutral:
@@ -662,11 +656,5 @@ class VSDMScheduler(DriftOwner):
         return x0
 
 
-def _interpolate(k: Tensor, table: Tensor) -> Tensor:
-    """A table of positive numbers at fractional positions in [0, N - 1], linear in the logarithm."""
-    k = k.to(table.dtype).clamp(0, len(table) - 1)
-    below = k.floor().long()
-    above = (below + 1).clamp(max=len(table) - 1)
-    return torch.where(
-        k == below, table[below], torch.exp(torch.lerp(table.log()[below], table.log()[above], k - below))
-    )
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize < 4 else dtype

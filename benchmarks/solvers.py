@@ -2,14 +2,21 @@
 
     python -m benchmarks.solvers
 
-The problems are `benchmarks` of `tests/problems.py`, on DDPM's linear table. All start from the same noise at its last
-time; the error of a sample is its distance to the end of its path of the probability flow (exact for a Gaussian, in
-1,000 steps for a mixture), in units of the data's standard deviation. Diffusers' schedulers get the exact score at the
-noise level that they step from, also where they would round its time for a network. Writes
+The problems are `benchmarks` of `tests/problems.py`, on DDPM's linear table. The error of a sample is its distance to
+the end of its path of the probability flow (exact for a Gaussian, in 1,000 steps for a mixture), in units of the data's
+standard deviation. Diffusers' schedulers get the exact score at the noise level that they step from, also where they
+would round its time for a network. Three processes are compared:
+
+- `neutral`: lambda 1, nothing known of the data. All start from the same noise.
+- `neutral, moments`: lambda 1, with the data's mean and variance in the drift, as `fit_moments` leaves it.
+- `learned`: lambda of `StochasticApproximation` at its defaults, with the moments.
+
+The last two start from the marginal prior, and only our solvers can use them. Writes
 `benchmarks/results/solvers.json`.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -29,7 +36,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from diffusers_vsdm import VSDMScheduler
+from diffusers_vsdm import AdaptiveDiagonalDrift, StochasticApproximation, VSDMScheduler, process
 from diffusers_vsdm.solvers import SOLVERS
 from diffusers_vsdm.trainer.report import versions
 from tests.problems import DiagonalGaussian, benchmarks
@@ -38,10 +45,11 @@ from .tables import RESULTS
 
 
 EVALUATIONS = (5, 6, 8, 10, 20, 50)
+STAGES = 40
 SAMPLES = {2: 2000, 3072: 64}
 GRIDS: dict[str, dict[str, Any]] = {
-    "trailing": {"timestep_spacing": "trailing"},
-    "linspace": {"timestep_spacing": "linspace"},
+    "trailing": {"time_grid": "spacing", "timestep_spacing": "trailing"},
+    "linspace": {"time_grid": "spacing", "timestep_spacing": "linspace"},
     **{name: {"time_grid": name} for name in ("quadratic", "karras", "log_snr_mean")},
 }
 THEIR_GRIDS: dict[str, dict[str, Any]] = {
@@ -53,15 +61,14 @@ THEIR_GRIDS: dict[str, dict[str, Any]] = {
 Eps = Callable[[Tensor, Tensor], Tensor]
 
 
-def ours(eps: Eps, x: Tensor, calls: int, **settings: Any) -> Tensor | None:
-    """Samples of VSDMScheduler; None if the solver cannot make so few calls."""
+def ours(eps: Eps, x: Tensor, calls: int, drift: AdaptiveDiagonalDrift | None = None, **settings: Any) -> Tensor:
+    """Samples of VSDMScheduler."""
     scheduler = VSDMScheduler(clip_sample=False, **settings)
+    scheduler.set_drift(drift)
     per_step = scheduler.order
     scheduler.set_timesteps((calls + per_step - 1) // per_step)
-    times = scheduler._g(scheduler._grid, torch.ones(()))
-    for i, k in enumerate(scheduler.timesteps):
-        g = times[(i + per_step - 1) // per_step]
-        x = scheduler.step(eps(x, g), k, x).prev_sample
+    for k in scheduler.timesteps:
+        x = scheduler.step(eps(x, scheduler.integrated_beta_at(k)), k, x).prev_sample
     return x
 
 
@@ -87,7 +94,7 @@ def ipndm(eps: Eps, x: Tensor, calls: int, grid: dict[str, Any]) -> Tensor:
     """IPNDMScheduler takes its noise levels as `trained_betas`; it starts with lower orders and needs four calls."""
     like = VSDMScheduler(**grid)
     like.set_timesteps(calls)
-    g = like._g(like._grid, torch.ones(()))
+    g = torch.cat([like.integrated_beta_at(like.timesteps), torch.zeros(1, dtype=torch.float64)])
     scheduler = IPNDMScheduler(trained_betas=torch.sqrt(-torch.expm1(-g[:-1])).float().numpy())
     scheduler.set_timesteps(calls)
     for i, k in enumerate(scheduler.timesteps):
@@ -95,15 +102,20 @@ def ipndm(eps: Eps, x: Tensor, calls: int, grid: dict[str, Any]) -> Tensor:
     return x
 
 
-def variants() -> dict[str, tuple[str, Callable[[Eps, Tensor, int], Tensor]]]:
-    """By name: whose it is, and how it samples."""
-    found: dict[str, tuple[str, Any]] = {}
+def our_variants(drift: AdaptiveDiagonalDrift | None) -> dict[str, Callable[[Eps, Tensor, int], Tensor]]:
+    """By name: every solver, order and grid."""
+    found = {}
     for name, solver in SOLVERS.items():
-        if solver.stochastic:
-            continue
         for order, (grid, settings) in itertools.product(solver.rules, GRIDS.items()):
-            chosen = {"solver": name, "solver_order": order} | settings
-            found[f"{name} {order}, {grid}"] = ("ours", lambda e, x, n, c=chosen: ours(e, x, n, **c))
+            chosen = {"solver": name, "solver_order": order, "drift": drift} | settings
+            if not solver.stochastic:
+                found[f"{name} {order}, {grid}"] = lambda e, x, n, c=chosen: ours(e, x, n, **c)
+    return found
+
+
+def their_variants() -> dict[str, Callable[[Eps, Tensor, int], Tensor]]:
+    """By name: schedulers of Diffusers with their options."""
+    found: dict[str, Any] = {}
     stock = {
         "DDIM": (DDIMScheduler, [{"clip_sample": False, "set_alpha_to_one": True}], ("trailing", "linspace")),
         "DPMSolverMultistep": (
@@ -127,20 +139,40 @@ def variants() -> dict[str, tuple[str, Callable[[Eps, Tensor, int], Tensor]]]:
         for option, grid in itertools.product(options, grids):
             label = f"{name} {option.get('solver_order', '')}".strip()
             chosen = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"} | option | THEIR_GRIDS[grid]
-            found[f"{label}, {grid}"] = (
-                "Diffusers",
-                lambda e, x, n, s=scheduler, c=chosen: theirs(e, x, n, s, **c),
-            )
+            found[f"{label}, {grid}"] = lambda e, x, n, s=scheduler, c=chosen: theirs(e, x, n, s, **c)
     for grid, settings in GRIDS.items():
-        found[f"IPNDM, {grid}"] = ("Diffusers", lambda e, x, n, c=settings: ipndm(e, x, n, c))
+        found[f"IPNDM, {grid}"] = lambda e, x, n, c=settings: ipndm(e, x, n, c)
     return found
 
 
-def reference(problem: Any, x: Tensor, g: Tensor) -> Tensor:
+def moments(problem: Any) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the data in each dimension."""
+    if isinstance(problem, DiagonalGaussian):
+        return problem.mean, problem.variance
+    return problem.means.mean(0), problem.variance + problem.means.var(0, correction=0)
+
+
+def reference(problem: Any, x: Tensor, g: Tensor, drift: AdaptiveDiagonalDrift | None = None) -> Tensor:
     """Where the probability flow takes `x`."""
     if isinstance(problem, DiagonalGaussian):
         return problem.flow(x.double(), g, torch.zeros((), dtype=torch.float64))
-    return ours(problem.eps, x.double(), 1000, solver="dpmsolver++", solver_order=3, time_grid="log_snr_mean")
+    settings = {"solver": "dpmsolver++", "solver_order": 3, "time_grid": "log_snr_mean", "drift": drift}
+    return ours(problem.eps, x.double(), 1000, **settings)
+
+
+def drift_for(problem: Any, table: Tensor, stages: int) -> AdaptiveDiagonalDrift:
+    """A drift with the data's moments, and lambda of so many stages with the exact score."""
+    mean, variance = moments(problem)
+    drift = AdaptiveDiagonalDrift(tuple(mean.shape))
+    drift.data_mean.copy_(mean)
+    drift.data_variance.copy_(variance)
+    learning = StochasticApproximation(drift, table, seed=0)
+    for _ in range(stages):
+        now = dataclasses.replace(problem, lam=drift.lam.clone())
+        learning.update(lambda x, k, now=now: (-now.eps(x, table[k]) / process.std(now.lam, table[k])).float())
+    if stages:
+        drift.set_lambda(drift.average())
+    return drift
 
 
 def main() -> None:
@@ -149,33 +181,33 @@ def main() -> None:
     parser.parse_args()
     warnings.filterwarnings("ignore")
     runs: list[dict[str, Any]] = []
-    g = VSDMScheduler().integrated_beta[-1]
+    table = VSDMScheduler().integrated_beta
     for name, problem in benchmarks().items():
-        d = problem.variance.numel()
-        x = torch.randn((SAMPLES[d], d), generator=torch.Generator().manual_seed(0))
-        spread = problem.variance
-        if not isinstance(problem, DiagonalGaussian):
-            spread = spread + problem.means.var(0, correction=0)
+        mean, variance = moments(problem)
+        noise = torch.randn((SAMPLES[len(mean)], len(mean)), generator=torch.Generator().manual_seed(0))
+        for process_name, stages in (("neutral", None), ("neutral, moments", 0), ("learned", STAGES)):
+            drift = None if stages is None else drift_for(problem, table, stages)
+            now, x = problem, noise
+            if drift is not None:
+                now = dataclasses.replace(problem, lam=drift.lam.clone())
+                at_noise = process.marginal_moments(drift.lam, table[-1], mean, variance)
+                x = (at_noise[0] + at_noise[1].sqrt() * noise).float()
+            end = reference(now, x, table[-1], drift)
 
-        def eps(x: Tensor, g: Tensor, problem: Any = problem) -> Tensor:
-            return problem.eps(x, g).to(x.dtype)
+            def eps(x: Tensor, g: Tensor, now: Any = now) -> Tensor:
+                return now.eps(x, g).to(x.dtype)
 
-        end = reference(problem, x, g)
-        for variant, (whose, sample) in variants().items():
-            errors = {}
-            for calls in EVALUATIONS:
-                error = (sample(eps, x, calls).double() - end).square().mean(1).sqrt() / spread.mean().sqrt()
-                errors[str(calls)] = [float(error.mean()), float(error.std() / math.sqrt(len(error)))]
-            runs.append({"name": variant, "problem": name, "whose": whose, "metrics": errors})
-        for calls in map(str, EVALUATIONS):
-            line = [name, calls]
-            for whose in ("ours", "Diffusers"):
-                errors = [
-                    (r["metrics"][calls], r["name"]) for r in runs if (r["problem"], r["whose"]) == (name, whose)
-                ]
-                (mean, deviation), variant = min(errors)
-                line.append(f"{whose}: {variant} {mean:.2e} ({deviation:.0e})")
-            print(*line, sep="; ", flush=True)
+            variants = {"ours": our_variants(drift)} | ({} if drift else {"Diffusers": their_variants()})
+            for whose, each in variants.items():
+                for variant, sample in each.items():
+                    errors = {}
+                    for calls in EVALUATIONS:
+                        error = (sample(eps, x, calls).double() - end).square().mean(1).sqrt() / variance.mean().sqrt()
+                        errors[str(calls)] = [float(error.mean()), float(error.std() / math.sqrt(len(error)))]
+                    runs.append(
+                        {"name": variant, "problem": name, "process": process_name, "whose": whose, "metrics": errors}
+                    )
+            print(name, process_name, "" if drift is None else drift.lam.aminmax(), flush=True)
     record = {
         "command": "python -m benchmarks.solvers",
         "versions": versions() | {"numpy": np.__version__},

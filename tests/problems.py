@@ -97,13 +97,14 @@ ANISOTROPIC = DiagonalGaussian(
 )
 
 
-def scheduler_for(problem: DiagonalGaussian, num_train: int = 100, **settings) -> VSDMScheduler:
-    """The power-law process with the problem's drift and its moments."""
+def scheduler_for(problem: DiagonalGaussian, num_train: int = 100, moments: bool = True, **settings) -> VSDMScheduler:
+    """The power-law process with the problem's drift and, unless told otherwise, its moments."""
     scheduler = VSDMScheduler.from_power_law(0.1, 10.0, 1.7, num_train, clip_sample=False, **settings)
     drift = AdaptiveDiagonalDrift(tuple(problem.lam.shape))
     drift.set_lambda(problem.lam)
-    drift.data_mean.copy_(problem.mean)
-    drift.data_variance.copy_(problem.variance)
+    if moments:
+        drift.data_mean.copy_(problem.mean)
+        drift.data_variance.copy_(problem.variance)
     scheduler.set_drift(drift)
     _ = scheduler.init_noise_sigma  # as pipelines do
     return scheduler
@@ -113,6 +114,6 @@ def run(scheduler: VSDMScheduler, problem: DiagonalGaussian, x: Tensor, generato
     """Sample with the perfect network along the scheduler's current timesteps, or the first `calls` of them."""
     scheduler.set_begin_index(0)
     for k in scheduler.timesteps[:calls]:
-        eps = problem.eps(x, scheduler.integrated_beta[int(k)])
-        x = scheduler.step(eps, int(k), x, generator=generator).prev_sample
+        eps = problem.eps(x, scheduler.integrated_beta_at(k))
+        x = scheduler.step(eps, k, x, generator=generator).prev_sample
     return x

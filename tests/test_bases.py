@@ -105,7 +105,7 @@ def test_sampling_with_the_exact_score_gives_the_data(solver, prediction_type):
     outputs |= {"v_prediction": lambda e, x0, a, s: a * e - s * x0, "score": lambda e, x0, a, s: -e / s}
     generator = torch.Generator().manual_seed(1)
     for k in scheduler.timesteps:
-        g = scheduler.integrated_beta[k]
+        g = scheduler.integrated_beta_at(k)
         mean, variance = process.marginal_moments(drift.lam, g, drift.data_mean, drift.data_variance)
         a, s = process.mean_scale(drift.lam, g), process.std(drift.lam, g)
         y = basis.to_basis(x)

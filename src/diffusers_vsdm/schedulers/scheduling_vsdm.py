@@ -69,13 +69,15 @@ class VSDMScheduler(DriftOwner):
             ($v = a \epsilon - s x_0$).
         timestep_spacing, steps_offset: As in `DDPMScheduler`.
         solver (`str`, defaults to `"ddpm"`): Key of [`SOLVERS`]. It is never inferred from a foreign configuration.
-        solver_order (`int`, defaults to 2): Predictions that the multistep solvers use: 1 to 3 for `dpmsolver++` and
-            `unipc`, 1 or 2 for `sde-dpmsolver++`, 1 to 4 for `deis` and `ipndm`. The first steps use what there is,
-            and the last ones of a run of few steps use fewer. Other solvers have an order of their own.
-        time_grid (`str`, defaults to `"spacing"`): Times of a run: whole ones by `timestep_spacing`, or fractional
+        solver_order (`int`, *optional*): Predictions that the multistep solvers use: 1 to 3 for `dpmsolver++` and
+            `unipc`, 1 or 2 for `sde-dpmsolver++`, 1 to 4 for `deis`, `ipndm` and `trig`. The first steps use what
+            there is, and but for the last three the last ones of a run of few steps use fewer. Defaults to the
+            solver's own, see [`SOLVERS`]; other solvers have only one.
+        time_grid (`str`, *optional*): Times of a run: whole ones by `timestep_spacing` (`"spacing"`), or fractional
             ones, uniform in the root of k (`"quadratic"`), by Karras et al. (`"karras"`), or uniform in the log-SNR.
             The latter two go by the mean of the dimensions' log-SNRs; `"log_snr_mean"`, `"log_snr_largest"` and
-            `"log_snr_smallest"` say which one.
+            `"log_snr_smallest"` say which one. Defaults to the solver's own: `"quadratic"` for `trig`, else
+            `"spacing"`.
         prior_type (`str`, defaults to `"conditional"`): Law of the first sample: `"conditional"` $N(0, s_T^2)$, the
             law of $x_T$ given $x_0 = 0$, or `"marginal"` $N(a_T m, a_T^2 v + s_T^2)$ with the drift's moments of the
             data. Without a drift it is N(0, I), as for stock schedulers.
@@ -111,8 +113,8 @@ class VSDMScheduler(DriftOwner):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         solver: str = "ddpm",
-        solver_order: int = 2,
-        time_grid: str = "spacing",
+        solver_order: int | None = None,
+        time_grid: str | None = None,
         prior_type: str = "conditional",
         final_sigmas_type: str = "zero",
         drift_sha256: str | None = None,
@@ -122,7 +124,7 @@ class VSDMScheduler(DriftOwner):
             "prediction_type": (prediction_type, tuple(PARAMETERIZATIONS)),
             "timestep_spacing": (timestep_spacing, tuple(SPACINGS)),
             "solver": (solver, tuple(SOLVERS)),
-            "time_grid": (time_grid, TIME_GRIDS),
+            "time_grid": (time_grid, (None, *TIME_GRIDS)),
             "prior_type": (prior_type, PRIORS),
             "final_sigmas_type": (final_sigmas_type, FINAL_SIGMAS),
         }
@@ -214,13 +216,24 @@ class VSDMScheduler(DriftOwner):
         one = lam.flatten()[0]
         return self._cached("lam", lambda: one.clone() if (lam == one).all() else lam)
 
+    def _rates_of_step(self) -> tuple[Tensor, Tensor]:
+        """Lambda, and the data's variance where the solver uses it: scalars, or both with the event's dimensions."""
+        lam = self._lam()
+        if self._drift is None or not self._solver.uses_moments:
+            return lam, torch.ones_like(lam)
+        variance = self._drift.data_variance
+        one = variance.flatten()[0]
+        if lam.ndim == 0 and (variance == one).all():
+            return lam, one
+        return lam.reshape(lam.shape or [1] * variance.ndim), variance
+
     def _g(self, k: np.ndarray | Tensor, lam: Tensor) -> Tensor:
         """The integrated beta at training times `k` (-1 is the data), shaped to broadcast against `lam`."""
         return integrated_beta_at(k, self.integrated_beta).reshape(-1, *[1] * lam.ndim)
 
-    def _log_sigma(self) -> np.ndarray:
-        """log(s/a) at every training time: one number for all dimensions, as `time_grid` says."""
-        lam, kind = self._lam().flatten(), self._internal_dict["time_grid"]
+    def _log_sigma(self, kind: str) -> np.ndarray:
+        """log(s/a) at every training time: one number for all dimensions, as the time grid says."""
+        lam = self._lam().flatten()
         # the log-SNR falls with lambda
         if kind in ("log_snr_largest", "log_snr_smallest"):
             lam = lam.min() if kind == "log_snr_largest" else lam.max()
@@ -288,10 +301,11 @@ class VSDMScheduler(DriftOwner):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Pass exactly one of `num_inference_steps` and `timesteps`.")
         config = self._internal_dict
+        kind = config["time_grid"] or self._solver.time_grid
         if num_inference_steps is None:
             grid = custom_grid(np.asarray(timesteps), len(self), self._to_data)
-        elif config["time_grid"] != "spacing":
-            grid = continuous_grid(config["time_grid"], num_inference_steps, self._log_sigma(), self._to_data)
+        elif kind != "spacing":
+            grid = continuous_grid(kind, num_inference_steps, self._log_sigma(kind), self._to_data)
         else:
             grid = inference_grid(
                 num_inference_steps, len(self), config["timestep_spacing"], config["steps_offset"], self._to_data
@@ -353,10 +367,10 @@ class VSDMScheduler(DriftOwner):
         """The calls of this run for samples of this type and place, made at the first step after a change."""
 
         def make() -> list[Call]:
-            lam, config = self._lam(), self._internal_dict
+            config, (lam, data_variance) = self._internal_dict, self._rates_of_step()
             g = self._g(self._grid[self._first_index :], lam)
             rule = (self._solver, config["solver_order"], self.parameterization)
-            return make_calls(*rule, lam, g[:-1], g[1:], config["variance_type"], device, dtype)
+            return make_calls(*rule, lam, g[:-1], g[1:], data_variance, config["variance_type"], device, dtype)
 
         return self._cached(("calls", device, dtype, self._first_index), make)
 
@@ -366,6 +380,12 @@ class VSDMScheduler(DriftOwner):
             ("marginals", like.device, dtype, like.ndim),
             lambda: Marginals(self._lam(), self.integrated_beta, like, dtype),
         )
+
+    def _data_mean(self, like: Tensor) -> Tensor:
+        """The data's mean in the basis, beside samples like this one."""
+        assert self._drift is not None
+        mean = self._drift.data_mean
+        return self._cached(("mean", like.device, like.dtype), lambda: mean.to(like.device, like.dtype))
 
     def _training_times(self, timesteps: Tensor | int, like: Tensor) -> Tensor:
         """A batch of training times, or one for all, beside the samples."""
@@ -406,6 +426,10 @@ class VSDMScheduler(DriftOwner):
         """What the network predicts (`prediction_type`), as functions."""
         return PARAMETERIZATIONS[self._internal_dict["prediction_type"]]
 
+    def integrated_beta_at(self, timesteps: Tensor | int) -> Tensor:
+        r"""$g_t = -\log\bar\alpha_t$ at training steps, whole or between two; their shape, in float64."""
+        return integrated_beta_at(torch.as_tensor(timesteps).cpu(), self.integrated_beta)
+
     def rates(self, timesteps: Tensor) -> Tensor:
         r"""$\beta_t$ per unit of time, averaged over each training interval of length 1 / N; shape of `timesteps`."""
         return (-torch.log1p(-self.betas) * len(self)).to(timesteps.device)[timesteps]
@@ -415,9 +439,12 @@ class VSDMScheduler(DriftOwner):
 
         Where lambda is one number the process is the same in every basis, and this is the identity.
         """
-        if self._drift is None or self._lam().ndim == 0:
-            return IdentityBasis()
+        return self._basis(like, self._lam())
+
+    def _basis(self, like: Tensor, numbers: Tensor) -> Basis:
         drift = self._drift
+        if drift is None or numbers.ndim == 0:
+            return IdentityBasis()
         return self._cached(("basis", like.device, like.dtype), lambda: drift.basis(like.device, like.dtype))
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -585,7 +612,7 @@ class VSDMScheduler(DriftOwner):
                 f" there `prediction_type` {self._internal_dict['prediction_type']!r} with `solver`"
                 f" {self._internal_dict['solver']!r} is undefined: use 'v_prediction' or 'sample' with 'ddpm'."
             )
-        basis = self.basis(sample)
+        basis = self._basis(sample, self._cached("rates_of_step", self._rates_of_step)[0])
         sample, model_output = basis.to_basis(sample), basis.to_basis(model_output)
         values = {"sample": sample, "output": model_output}
         values["x0"] = combine(call.x0, values)
@@ -597,8 +624,12 @@ class VSDMScheduler(DriftOwner):
             values["eps"] = combine(call.eps, values)
         if self._held is not None:
             values["held"] = self._held
+        if call.velocity:
+            if self._drift is not None:
+                values["mean"] = self._data_mean(sample)
+            values["velocity"] = combine(call.velocity, values)
         if self._solver.multistep:
-            latest = "eps" if call.eps else "x0"
+            latest = call.extrapolated
             for j, older in enumerate(self._history, 1):
                 values[f"{latest}_{j}"] = older
             self._history.appendleft(values[latest])

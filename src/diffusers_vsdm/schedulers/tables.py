@@ -28,6 +28,7 @@ class Call:
 
     Attributes:
         x0, eps: Coefficients of `sample` and `output` in the predicted data and noise; `eps` is empty if unused.
+        velocity: Coefficients of `x0`, `sample` and `mean` in the predicted velocity; empty if unused.
         terms: The solver's coefficients by name, see [`Coefficients`]; terms that are 0 are left out, but for noise.
         hold: The same for what is to be held; empty where nothing is.
         log_variance: Logarithms of the least and the largest variance of the `ddpm` solver, for learned variances.
@@ -36,19 +37,26 @@ class Call:
 
     x0: Row
     eps: Row
+    velocity: Row
     terms: Row
     hold: Row
     log_variance: tuple[float | Tensor, float | Tensor]
     is_defined: bool
 
+    @property
+    def extrapolated(self) -> str:
+        """Which prediction a multistep solver keeps."""
+        return "velocity" if self.velocity else "eps" if self.eps else "x0"
+
 
 def make_calls(
     solver: Solver,
-    order: int,
+    order: int | None,
     network: Parameterization,
     lam: Tensor,
     g: Tensor,
     g_next: Tensor,
+    data_variance: Tensor,
     variance_type: str | None,
     device: torch.device,
     dtype: torch.dtype,
@@ -60,6 +68,7 @@ def make_calls(
         network: What is predicted.
         lam: Lambda in float64: a scalar, or shaped as the drift's.
         g, g_next: The integrated beta before and after each step, `(n, 1, ..., 1)` in float64.
+        data_variance: Of each dimension, a scalar if lambda is one; for solvers that use it.
         variance_type: As in `DDPMScheduler`; for solvers that sample the posterior.
         device, dtype: Of the samples.
     """
@@ -79,9 +88,10 @@ def make_calls(
     calls = solver.calls_per_step
     at_call = g.repeat_interleave(calls, 0)[calls - 1 :]
     a, s = process.mean_scale(lam, at_call), process.std(lam, at_call)
-    coefficients = solver.rule(order).coefficients(lam, g, g_next)
+    moments = (data_variance,) if solver.uses_moments else ()
+    coefficients = solver.rule(order).coefficients(lam, g, g_next, *moments)
     terms = coefficients.columns()
-    hold = coefficients.hold.columns() if coefficients.hold else {}
+    hold, velocity = (c.columns() if c else {} for c in (coefficients.hold, coefficients.velocity_terms))
     before, after = at_call, g_next.repeat_interleave(calls, 0)[calls - 1 :]
     small = process.posterior(lam, before, after)[2].clamp(min=1e-20)  # Diffusers' floor, for its logarithm
     large = process.variance(lam, before - after)
@@ -90,13 +100,14 @@ def make_calls(
     x0, eps = (dict(zip(("sample", "output"), f(a, s), strict=True)) for f in (network.x0_terms, network.eps_terms))
 
     # the data may be a large multiple of the sample: leave room for a network's error in the working precision
-    numbers = [s, *terms.values(), *hold.values(), *(eps.values() if "eps" in terms else [])]
+    numbers = [s, *terms.values(), *hold.values(), *velocity.values(), *(eps.values() if "eps" in terms else [])]
     checks = [table.abs() < limits.max for table in numbers]
-    checks += [table.abs() < 1e-6 / limits.tiny for table in x0.values()] if "x0" in terms else []
+    checks += [table.abs() < 1e-6 / limits.tiny for table in x0.values()] if "x0" in terms or velocity else []
     defined = torch.stack([check.reshape(len(a), -1).all(1) for check in checks]).all(0)
     columns = (
         rows(x0),
         rows(eps) if "eps" in terms else [{}] * len(a),
+        rows(velocity) if velocity else [{}] * len(a),
         rows(terms),
         rows(hold),
         list(zip(place(small.log()), place(large.log()), strict=True)),

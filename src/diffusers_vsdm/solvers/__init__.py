@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor
-
 from .coefficients import Coefficients
 from .exponential import deis, dpmsolver_pp, ipndm, sde_dpmsolver_pp, unipc
 from .single_step import ddim, ddpm, euler, euler_maruyama, heun
+from .trigonometric import trig
 
 
 @dataclass(frozen=True)
@@ -22,12 +21,13 @@ class Rule:
 
     Attributes:
         coefficients: `(lam, g, g_next)` to [`Coefficients`]. `g` and `g_next` hold the integrated beta before and
-            after each of the n steps, shaped `(n, 1, ..., 1)` to broadcast against lambda.
+            after each of the n steps, shaped `(n, 1, ..., 1)` to broadcast against lambda. A solver that
+            `uses_moments` also takes the data's variance, shaped as lambda or to broadcast against it.
         order: Order of convergence: of the ODE, or in law where stochastic. That of a multistep rule is reached once
             its history is full; its first steps have lower ones.
     """
 
-    coefficients: Callable[[Tensor, Tensor, Tensor], Coefficients]
+    coefficients: Callable[..., Coefficients]
     order: int
 
 
@@ -37,26 +37,33 @@ class Solver:
 
     Attributes:
         rules: By `solver_order`.
+        default: The `solver_order` where none is given.
+        time_grid: The time grid where none is given.
         calls_per_step: Network calls for one step of the grid.
         multistep: Whether a step uses what earlier steps left, so that a run must be taken in its order.
         stochastic: Whether the step draws noise.
         samples_posterior: Whether that noise is the posterior's, whose variance may be chosen or learned.
+        uses_moments: Whether the data's mean and variance enter.
     """
 
     rules: Mapping[int, Rule]
+    default: int = 1
+    time_grid: str = "spacing"
     calls_per_step: int = 1
     multistep: bool = False
     stochastic: bool = False
     samples_posterior: bool = False
+    uses_moments: bool = False
 
-    def rule(self, solver_order: int) -> Rule:
-        """The rule for this `solver_order`, or the only one that there is.
+    def rule(self, solver_order: int | None) -> Rule:
+        """The rule for this `solver_order`, for none the default one; or the only one that there is.
 
         Raises:
             ValueError: There are several, and none for this one.
         """
         if len(self.rules) == 1:
             return next(iter(self.rules.values()))
+        solver_order = self.default if solver_order is None else solver_order
         if solver_order not in self.rules:
             raise ValueError(
                 f"`solver_order` must be one of {tuple(self.rules)} for this solver, got {solver_order!r}."
@@ -79,12 +86,13 @@ SOLVERS: dict[str, Solver] = {
     "euler": Solver(_one(euler, 1)),
     "heun": Solver(_one(heun, 2), calls_per_step=2),
     "euler-maruyama": Solver(_one(euler_maruyama, 1), stochastic=True),
-    "dpmsolver++": Solver(_several(dpmsolver_pp, 1, 2, 3), multistep=True),
-    "sde-dpmsolver++": Solver(_several(sde_dpmsolver_pp, 1, 2), multistep=True, stochastic=True),
-    "unipc": Solver(_several(unipc, 2, 3, 4), multistep=True),
-    "deis": Solver(_several(deis, 1, 2, 3, 4), multistep=True),
+    "dpmsolver++": Solver(_several(dpmsolver_pp, 1, 2, 3), default=2, multistep=True),
+    "sde-dpmsolver++": Solver(_several(sde_dpmsolver_pp, 1, 2), default=2, multistep=True, stochastic=True),
+    "unipc": Solver(_several(unipc, 2, 3, 4), default=2, multistep=True),
+    "deis": Solver(_several(deis, 1, 2, 3, 4), default=3, multistep=True),
     # the weights of equal steps on other grids: more steps of history do not give more order
-    "ipndm": Solver(_several(ipndm, 1, 2, 2, 2), multistep=True),
+    "ipndm": Solver(_several(ipndm, 1, 2, 2, 2), default=3, multistep=True),
+    "trig": Solver(_several(trig, 1, 2, 3, 4), default=3, time_grid="quadratic", multistep=True, uses_moments=True),
 }
 
 __all__ = ["SOLVERS", "Coefficients", "Rule", "Solver"]

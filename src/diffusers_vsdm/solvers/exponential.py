@@ -42,7 +42,7 @@ def dpmsolver_pp(lam: Tensor, g: Tensor, g_next: Tensor, order: int) -> Coeffici
     """DPM-Solver++ of order 1, 2 (2M, midpoint) or 3 (3M), multistep, for the flow."""
     clock = _Clock(lam, g, g_next)
     weights = [clock.data_weights(i, clock.order_at(i, order)) for i in range(len(clock))]
-    return Coefficients(sample=clock.s_next / clock.s, **_columns("x0", weights))
+    return Coefficients(sample=clock.s_next / clock.s, **columns("x0", weights))
 
 
 def sde_dpmsolver_pp(lam: Tensor, g: Tensor, g_next: Tensor, order: int) -> Coefficients:
@@ -54,7 +54,7 @@ def sde_dpmsolver_pp(lam: Tensor, g: Tensor, g_next: Tensor, order: int) -> Coef
         slope = 0.5 * total * clock.h[i] / clock.h[i - 1] if clock.order_at(i, order) == 2 else None
         weights.append([total] if slope is None else [total + slope, -slope])
     mean, _, variance = process.posterior(lam, g, g_next)
-    return Coefficients(sample=mean, noise=variance.sqrt(), **_columns("x0", weights))
+    return Coefficients(sample=mean, noise=variance.sqrt(), **columns("x0", weights))
 
 
 def unipc(lam: Tensor, g: Tensor, g_next: Tensor, order: int) -> Coefficients:
@@ -84,8 +84,8 @@ def unipc(lam: Tensor, g: Tensor, g_next: Tensor, order: int) -> Coefficients:
         held.append(kept[i] * on_held)
         sample.append(kept[i] * on_sample)
         data.append([kept[i] * c + p for c, p in zip(corrector, predictor, strict=True)])
-    hold = Coefficients(sample=torch.stack(hold_sample), held=torch.stack(hold_held), **_columns("x0", hold_data))
-    return Coefficients(sample=torch.stack(sample), held=torch.stack(held), **_columns("x0", data), hold=hold)
+    hold = Coefficients(sample=torch.stack(hold_sample), held=torch.stack(hold_held), **columns("x0", hold_data))
+    return Coefficients(sample=torch.stack(sample), held=torch.stack(held), **columns("x0", data), hold=hold)
 
 
 def deis(lam: Tensor, g: Tensor, g_next: Tensor, order: int) -> Coefficients:
@@ -140,7 +140,7 @@ class _Clock:
         if order == 2:  # the midpoint form: half a step of the slope, and not its exact integral
             slope = 0.5 * total * self.h[i] / self.h[i - 1]
             return [total + slope, -slope]
-        return [self.a_next[i] * w for w in _moment_weights(self.nodes(i, order), _moments(self.h[i], order))]
+        return [self.a_next[i] * w for w in moment_weights(self.nodes(i, order), _moments(self.h[i], order))]
 
     def corrector_weights(self, i: int, order: int) -> list[Tensor]:
         """The same for step i taken again with the prediction at its end, which comes first."""
@@ -148,7 +148,7 @@ class _Clock:
             half = 0.5 * self.a_next[i] * -torch.expm1(-self.h[i])
             return [half, half]
         nodes = [torch.ones_like(self.h[i]), *self.nodes(i, order)]
-        return [self.a_next[i] * w for w in _moment_weights(nodes, _moments(self.h[i], order + 1))]
+        return [self.a_next[i] * w for w in moment_weights(nodes, _moments(self.h[i], order + 1))]
 
     def noise_weights(self, i: int, order: int) -> list[Tensor]:
         """Weights of the last predictions of the noise, in units of the step in sigma."""
@@ -156,14 +156,14 @@ class _Clock:
         step = torch.expm1(-self.h[i])
         nodes = [torch.expm1(self.l[i] - self.l[i - j]) / step for j in range(order)]
         one = torch.ones_like(step)
-        return _moment_weights(nodes, [one / (k + 1) for k in range(order)])
+        return moment_weights(nodes, [one / (k + 1) for k in range(order)])
 
     def noise_coefficients(self, weights: list[list[Tensor]]) -> Coefficients:
         """Of a step in the noise, with weights in units of the step in sigma."""
         growth = self.a_next / self.a
         step = self.s_next - growth * self.s  # a_r times the step in sigma
         return Coefficients(
-            sample=growth, **_columns("eps", [[step[i] * w for w in row] for i, row in enumerate(weights)])
+            sample=growth, **columns("eps", [[step[i] * w for w in row] for i, row in enumerate(weights)])
         )
 
 
@@ -182,7 +182,7 @@ def _moments(h: Tensor, count: int) -> list[Tensor]:
     return moments
 
 
-def _moment_weights(nodes: list[Tensor], moments: list[Tensor]) -> list[Tensor]:
+def moment_weights(nodes: list[Tensor], moments: list[Tensor]) -> list[Tensor]:
     r"""The weights $w$ with $\sum_j w_j u_j^k = \mu_k$ for all k: Björck and Pereyra's algorithm, elementwise."""
     n, w = len(nodes), list(moments)
     for k in range(n - 1):
@@ -196,7 +196,7 @@ def _moment_weights(nodes: list[Tensor], moments: list[Tensor]) -> list[Tensor]:
     return w
 
 
-def _columns(name: str, rows: list[list[Tensor]]) -> dict[str, Any]:
+def columns(name: str, rows: list[list[Tensor]]) -> dict[str, Any]:
     """Rows of weights, newest first, as the columns `name`, `name_1`, ...; absent ones are 0."""
     zero = torch.zeros_like(rows[0][0])
     count = max(len(row) for row in rows)

@@ -1,0 +1,77 @@
+r"""A multistep solver that is exact for Gaussian data, as coefficients, elementwise in $\lambda$.
+
+With the data's mean $m$ and variance $v$ in each dimension, and $V = a^2 v + s^2$ the variance of $x_t$, let
+
+$$ z = (x - a m) / \sqrt V, \qquad \tan\theta = a \sqrt v / s , $$
+
+so that $\theta$ runs from near 0 at noise to $\pi/2$ at the data. The flow of Eq. 18 then is $dz / d\theta = F$ with
+
+$$ F = \cos\theta \, (\hat x_0 - m) / \sqrt v - \sin\theta \, \hat\epsilon , $$
+
+whose prediction is 0 for Gaussian data: only what is not Gaussian is left to the polynomial. $v \to 0$ is the flow in
+$\hat x_0$ of DPM-Solver++, $v \to \infty$ that in $\hat\epsilon$ of DEIS, and at $\lambda = 1$, $m = 0$, $v = 1$ the
+velocity is v-prediction's with its sign turned. The angle stays finite at the data, so the last step needs no lower
+order.
+
+The polynomial goes through the last values of $F$ in the clock $g^{1/4}$, in which the steps of the grid
+`"quadratic"` are nearly equal where $\beta$ grows linearly; its integral over $\theta$ is taken by quadrature.
+
+References:
+    Zhang, Chen (2023), "Fast Sampling of Diffusion Models with Exponential Integrator": polynomials in t (tAB-DEIS).
+    Lu, Song (2025), "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models": the angle (TrigFlow).
+    Karras et al. (2022), "Elucidating the Design Space of Diffusion-Based Generative Models", Table 1: one variance of
+        the data for all dimensions, in a network's preconditioning.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import process
+from .coefficients import Coefficients
+from .exponential import columns, moment_weights
+
+
+LEAST_VARIANCE = 1e-8  # of the largest: dimensions that do not vary take the limit v -> 0
+QUADRATURE_POINTS = 12
+
+
+def trig(lam: Tensor, g: Tensor, g_next: Tensor, data_variance: Tensor, order: int) -> Coefficients:
+    r"""Adams-Bashforth of order 1 to 4 in the angle $\theta$; `data_variance` broadcasts against `lam`."""
+    variance = data_variance.clamp(min=LEAST_VARIANCE * float(data_variance.max()))
+    root = variance.sqrt()
+
+    def angle(g: Tensor) -> Tensor:
+        return torch.atan2(process.mean_scale(lam, g) * root, process.std(lam, g))
+
+    def spread(g: Tensor) -> Tensor:
+        return process.marginal_moments(lam, g, torch.zeros_like(root), variance)[1].sqrt()
+
+    points, shares = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(QUADRATURE_POINTS))
+    points, shares = (points + 1) / 2, shares / 2
+    clock = torch.cat([g, g_next[-1:]]) ** 0.25
+    start, end = angle(g), angle(g_next)
+    from_noise = bool(torch.isinf(g[0]).all())  # zero terminal SNR: no polynomial reaches there
+    weights = []
+    for i in range(len(g)):
+        step = clock[i + 1] - clock[i]
+        count = min(order, max(1, i + 1 - from_noise))
+        total = end[i] - start[i]
+        moments = [total]
+        for k in range(1, count):
+            # by parts: of the angle itself, which is smoother than its rate
+            rest = sum(
+                share * point ** (k - 1) * (angle((clock[i] + point * step) ** 4) - start[i])
+                for point, share in zip(points, shares, strict=True)
+            )
+            moments.append(total - k * rest)
+        nodes = [(clock[i - j] - clock[i]) / step for j in range(count)]
+        weights.append([spread(g_next[i]) * w for w in moment_weights(nodes, moments)])
+    a, s, a_next = process.mean_scale(lam, g), process.std(lam, g), process.mean_scale(lam, g_next)
+    growth = spread(g_next) / spread(g)
+    velocity = Coefficients(
+        x0=spread(g) / (s * root), sample=-a * root / (s * spread(g)), mean=-s / (root * spread(g))
+    )
+    return Coefficients(
+        sample=growth, mean=a_next - growth * a, **columns("velocity", weights), velocity_terms=velocity
+    )

@@ -3,9 +3,9 @@
     python -m benchmarks.solvers
 
 The problems are `benchmarks` of `tests/problems.py`, on DDPM's linear table. The error of a sample is its distance to
-the end of its path of the probability flow (exact for a Gaussian, in 1,000 steps for a mixture), in units of the data's
-standard deviation. Diffusers' schedulers get the exact score at the noise level that they step from, also where they
-would round its time for a network. Three processes are compared:
+the end of its path of the probability flow (exact for a Gaussian, in 1,000 steps for a mixture), in units of the
+standard deviation of the data. Diffusers' schedulers get the exact score at the noise level that they step from, also
+where they would round its time for a network. Three processes are compared:
 
 - `neutral`: lambda 1, nothing known of the data. All start from the same noise.
 - `neutral, moments`: lambda 1, with the data's mean and variance in the drift, as `fit_moments` leaves it.
@@ -203,7 +203,9 @@ def main() -> None:
                     errors = {}
                     for calls in EVALUATIONS:
                         error = (sample(eps, x, calls).double() - end).square().mean(1).sqrt() / variance.mean().sqrt()
-                        errors[str(calls)] = [float(error.mean()), float(error.std() / math.sqrt(len(error)))]
+                        errors[str(calls)] = [
+                            float(f"{number:.3e}") for number in (error.mean(), error.std() / math.sqrt(len(error)))
+                        ]
                     runs.append(
                         {"name": variant, "problem": name, "process": process_name, "whose": whose, "metrics": errors}
                     )
@@ -213,7 +215,7 @@ def main() -> None:
         "versions": versions() | {"numpy": np.__version__},
         "runs": runs,
     }
-    (RESULTS / "solvers.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / "solvers.json").write_text(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ the mean and the standard deviation over seeds, or medians over repeats.
 """
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+Columns = dict[str, Callable[[list[dict[str, Any]]], str]]
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -33,7 +35,7 @@ def by_name(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return groups
 
 
-def table(record: dict[str, Any], columns: dict[str, Callable[[list[dict[str, Any]]], str]]) -> str:
+def table(record: dict[str, Any], columns: Columns) -> str:
     """A Markdown table, one row for each configuration."""
     rows = [["", *columns], ["---"] * (len(columns) + 1)]
     rows += [[name, *(cell(runs) for cell in columns.values())] for name, runs in by_name(record).items()]
@@ -50,9 +52,53 @@ def median(key: str, digits: int, factor: float = 1) -> Callable[[list[dict[str,
     return lambda runs: f"{factor * statistics.median(run[key] for run in runs):.{digits}f}" if key in runs[0] else "-"
 
 
+def text(key: str) -> Callable[[list[dict[str, Any]]], str]:
+    """A column as it is."""
+    return lambda runs: str(runs[0][key])
+
+
 def axes(key: str, digits: int) -> Callable[[list[dict[str, Any]]], str]:
     """A column of a metric with one value for each dimension, x / y."""
     return lambda runs: " / ".join(spread([run[key][i] for run in runs], digits) for i in range(len(runs[0][key])))
+
+
+FEW_STEP_DEFAULT = "trig 3, quadratic"
+
+
+def best_solvers(record: dict[str, Any]) -> dict[str, Any]:
+    """Of the study of solvers, for each problem and number of calls: the best ones, and the default."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for run in record["runs"]:
+        for calls in run["metrics"]:
+            rows.setdefault((run["problem"], calls), {})
+
+    def errors(calls: str, **where: str) -> list[tuple[list[float], str]]:
+        runs = (run for run in record["runs"] if all(run[key] == value for key, value in where.items()))
+        return sorted((run["metrics"][calls], run["name"]) for run in runs)
+
+    for (problem, calls), row in rows.items():
+        for whose in ("ours", "Diffusers"):
+            (mean, error), name = errors(calls, problem=problem, process="neutral", whose=whose)[0]
+            row[f"best, {whose}"] = f"{mean:.1e} ± {error:.0e} ({name})"
+        for process in ("neutral", "neutral, moments", "learned"):
+            (mean, _), _ = errors(calls, problem=problem, process=process, name=FEW_STEP_DEFAULT)[0]
+            row[process] = f"{mean:.1e}"
+        (mean, _), name = errors(calls, problem=problem, process="learned")[0]
+        row["best, learned"] = f"{mean:.1e} ({name})"
+    return {"runs": [{"name": f"{p}; {calls} calls", "metrics": row} for (p, calls), row in rows.items()]}
+
+
+def rank_solvers(record: dict[str, Any]) -> dict[str, Any]:
+    """The ten settings with the least errors, in the geometric mean over problems; lambda 1, nothing known."""
+    logs: dict[str, dict[str, list[float]]] = {}
+    for run in (run for run in record["runs"] if run["process"] == "neutral"):
+        for calls, (mean, _) in run["metrics"].items():
+            logs.setdefault(f"{run['name']} ({run['whose']})", {}).setdefault(calls, []).append(math.log(mean))
+    means = {name: {calls: statistics.mean(x) for calls, x in each.items()} for name, each in logs.items()}
+    ranked = sorted(means, key=lambda name: sum(means[name].values()))
+    shown = ranked[:8] + [name for name in ranked if name.endswith("(Diffusers)")][:3]
+    rows = (name for name in ranked if name in shown)
+    return {"runs": [{"name": n, "metrics": {c: math.exp(x) for c, x in means[n].items()}} for n in rows]}
 
 
 TOY_COLUMNS = {
@@ -63,7 +109,8 @@ TOY_COLUMNS = {
     "9 calls": each("w2_heun_9", 3),
     "19 calls": each("w2_heun_19", 3),
 }
-TABLES: dict[str, tuple[str, dict[str, Callable[[list[dict[str, Any]]], str]]]] = {
+# file, columns, and where the rows are not the record's runs what makes them
+TABLES: dict[str, tuple] = {
     "toys_paper": ("toys_paper.json", TOY_COLUMNS),
     "toys_simulation": ("toys_simulation.json", TOY_COLUMNS),
     "toys_standardized": ("toys_standardized.json", TOY_COLUMNS),
@@ -94,6 +141,27 @@ TABLES: dict[str, tuple[str, dict[str, Callable[[list[dict[str, Any]]], str]]]] 
         "conformance.json",
         {name: median(name, 0) for name in ("passed", "skipped", "failure", "error", "deselected")},
     ),
+    "prior_repair_trained": (
+        "prior_repair_trained.json",
+        {"brightness": each("brightness", 3), "Frechet distance": each("frechet", 2)},
+    ),
+    "solvers": (
+        "solvers.json",
+        {
+            "best of ours": text("best, ours"),
+            "best of Diffusers": text("best, Diffusers"),
+            "`trig`": text("neutral"),
+            "`trig`, moments": text("neutral, moments"),
+            "`trig`, learned λ": text("learned"),
+            "best of ours, learned λ": text("best, learned"),
+        },
+        best_solvers,
+    ),
+    "solvers_ranked": (
+        "solvers.json",
+        {f"{calls} calls": each(str(calls), 4) for calls in (5, 6, 8, 10, 20, 50)},
+        rank_solvers,
+    ),
     "simulation": ("simulation.json", {"E[score x], x / y": axes("moment", 3)}),
 }
 
@@ -102,8 +170,11 @@ def render(text: str) -> str:
     """`text` with every table between its markers made anew."""
 
     def fill(match: re.Match) -> str:
-        file, columns = TABLES[match[1]]
-        return f"<!-- table {match[1]} -->\n{table(json.loads((RESULTS / file).read_text()), columns)}\n<!-- end -->"
+        file, columns, *arrange = TABLES[match[1]]
+        record = json.loads((RESULTS / file).read_text())
+        for make in arrange:
+            record = make(record)
+        return f"<!-- table {match[1]} -->\n{table(record, columns)}\n<!-- end -->"
 
     return re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
 

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 import pickle
 import warnings
@@ -23,6 +24,7 @@ from diffusers_vsdm.schedulers.drift_owner import DRIFT_FILE, DRIFT_FOLDER
 from diffusers_vsdm.schedulers.grids import TIME_GRIDS
 from diffusers_vsdm.schedulers.parameterization import PARAMETERIZATIONS
 from diffusers_vsdm.schedulers.tables import combine
+from diffusers_vsdm.solvers import SOLVERS, Coefficients
 
 from .problems import ANISOTROPIC, scheduler_for
 
@@ -615,6 +617,46 @@ def test_other_bad_settings():
         euler.step(torch.zeros(SHAPE), 999, torch.zeros(SHAPE))
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("prediction_type", list(PARAMETERIZATIONS))
+def test_zero_terminal_snr_is_sampled_or_refused(solver, prediction_type):
+    """A point mass of data: every prediction is exact, so that what a solver accepts must arrive there."""
+    settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
+    scheduler = VSDMScheduler(**settings, solver=solver, prediction_type=prediction_type)
+    scheduler.set_timesteps(20)
+    data, x = torch.full(SHAPE, 0.7), torch.randn(SHAPE)
+    refused = prediction_type in ("epsilon", "score") or solver in ("euler", "euler-maruyama", "heun", "deis", "ipndm")
+    for i, k in enumerate(scheduler.timesteps):
+        a, s = scheduler.marginal_scales(x, k)
+        eps = (x - a * data) / s
+        output = scheduler.parameterization.target(data, eps, a, s)
+        if refused:
+            with pytest.raises(ValueError, match="no signal left"):
+                scheduler.step(output, k, x)
+            break
+        x = scheduler.step(output, k, x).prev_sample
+        assert i > 0 or x.isfinite().all()
+    if not refused:
+        torch.testing.assert_close(x, data, rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_of_different_types_and_devices():
+    """Types are mixed as in Diffusers: the sample's is kept. Devices are not."""
+    scheduler = VSDMScheduler()
+    x, half = torch.randn(SHAPE), torch.randn(SHAPE, dtype=torch.float16)
+    times = torch.tensor([10])
+    assert scheduler.step(half, 999, x).prev_sample.dtype == scheduler.add_noise(x, half, times).dtype == x.dtype
+    assert scheduler.step(x, 999, half).prev_sample.dtype == scheduler.add_noise(half, x, times).dtype == half.dtype
+    for call in (
+        lambda: scheduler.step(x.to("meta"), 999, x),
+        lambda: scheduler.step(x, 999, x.to("meta")),
+        lambda: scheduler.add_noise(x, x.to("meta"), times),
+        lambda: scheduler.add_noise(x.to("meta"), x, times),
+    ):
+        with pytest.raises(ValueError, match="device"):
+            call()
+
+
 # The drift travels -------------------------------------------------------------------------------------------
 
 
@@ -738,14 +780,24 @@ def test_foreign_configurations_keep_their_keys_and_get_our_default_solver():
     assert back.config["algorithm_type"] == "sde-dpmsolver++" and back.config["solver_order"] == 3
 
 
+@pytest.mark.parametrize("stock", [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_stock_schedulers_run_from_a_saved_configuration_of_ours(stock, tmp_path):
+    VSDMScheduler(solver="trig").save_pretrained(tmp_path)
+    scheduler = stock.from_pretrained(tmp_path)
+    scheduler.set_timesteps(4)
+    x = torch.randn(SHAPE)
+    for k in scheduler.timesteps:
+        x = scheduler.step(0.1 * x, k, x).prev_sample
+    assert x.isfinite().all()
+
+
 @pytest.mark.parametrize("lam", [1.0, (0.7, 1.9, 1.0)])
-@pytest.mark.parametrize("solver", ["ddpm", "heun", "unipc"])
+@pytest.mark.parametrize("solver", ["ddpm", "heun", "unipc", "trig"])
 def test_the_update_compiles_as_one_graph(solver, lam):
     """A step is one pure function of numbers and tensors; the graph is captured, and run without a compiler."""
     scheduler = drifting(solver=solver, lam=lam if isinstance(lam, tuple) else (lam,) * 3)
     torch.compiler.reset()
     compiled = torch.compile(combine, fullgraph=True, backend="eager")
-    names = ("sample", "held", "x0", "x0_1", "x0_2", "eps", "noise")
-    values = {name: torch.randn(4, 3) for name in names}
+    values = {field.name: torch.randn(4, 3) for field in dataclasses.fields(Coefficients)}
     for call in scheduler._calls(torch.device("cpu"), torch.float32)[:3]:
         torch.testing.assert_close(compiled(call.terms, values), combine(call.terms, values))

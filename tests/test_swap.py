@@ -1,5 +1,7 @@
 """VSDMScheduler in pipelines that others wrote, built of tiny random components of real classes."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +12,15 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    LDMPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_vsdm import VSDMScheduler
@@ -143,18 +148,98 @@ def test_every_solver_runs_with_callbacks_offload_and_half_the_strength(componen
     assert np.isfinite(out).all()
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_ddpm_pipeline_with_every_solver(solver):
+def small_unet(channels=3, size=8):
     torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=(8, 8),
         norm_num_groups=4,
         down_block_types=("DownBlock2D",) * 2,
         up_block_types=("UpBlock2D",) * 2,
         layers_per_block=1,
-    )
-    pipe = DDPMPipeline(unet, swapped(DDPMScheduler(), solver))
+    ).eval()
+
+
+class FixedTimes:
+    """A scheduler whose times are these, in a pipeline that has no argument for them."""
+
+    def __init__(self, scheduler, times):
+        self.scheduler, self.times = scheduler, times
+
+    def __getattr__(self, name):
+        return getattr(self.scheduler, name)
+
+    def set_timesteps(self, num_inference_steps):
+        self.scheduler.set_timesteps(timesteps=self.times)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_latent_pipeline(components, solver):
+    """LDMPipeline, unconditional; its step gets no generator, so that only flows can be compared."""
+    unet = small_unet(channels=4)
+    images = []
+    stands_for = {param.values[1]: param.values[0] for param in STANDS_FOR[1:4]}
+    ours = swapped(DDIMScheduler(**SD), solver)
+    schedulers = [ours]
+    if solver in stands_for:
+        stock = type(stands_for[solver]).from_config(stands_for[solver].config)
+        stock.set_timesteps(6)
+        schedulers = [stock, FixedTimes(ours, stock.timesteps.tolist())]
+    for scheduler in schedulers:
+        pipe = LDMPipeline(vqvae=components["vae"], unet=unet, scheduler=DDIMScheduler())
+        pipe.scheduler = scheduler
+        pipe.set_progress_bar_config(disable=True)
+        images.append(pipe(generator=seed(), num_inference_steps=6, output_type="np").images)
+    assert images[0].shape == (1, 16, 16, 3) and all(np.isfinite(image).all() for image in images)
+    assert np.abs(images[0] - images[-1]).max() < 2e-3
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors held at a time while it was active, beyond those from before."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.alive:
+                    self.alive[key] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.forget, key)
+        return out
+
+    def forget(self, key):
+        self.now -= self.alive.pop(key)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_run_takes_the_memory_of_the_stock_pipeline_and_of_the_solver_s_history(solver):
+    unet, peaks = small_unet(size=64), []
+    for scheduler in (DDPMScheduler(), swapped(DDPMScheduler(), solver)):
+        pipe = DDPMPipeline(unet, scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        call = {"generator": seed(), "num_inference_steps": 6, "output_type": "np"}
+        pipe(**call)  # tables and caches are there from now on
+        with PeakMemory() as memory:
+            pipe(**call)
+        peaks.append(memory.peak)
+    sample = 3 * 64 * 64 * 4
+    assert peaks[0] > 5 * sample  # of a network that was seen to work
+    kept = SOLVERS[solver].rule(2).history + (solver in ("unipc", "heun"))  # these hold a sample
+    assert peaks[1] <= peaks[0] + kept * sample
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_ddpm_pipeline_with_every_solver(solver):
+    pipe = DDPMPipeline(small_unet(), swapped(DDPMScheduler(), solver))
     pipe.set_progress_bar_config(disable=True)
     assert np.isfinite(pipe(generator=seed(), num_inference_steps=4, output_type="np").images).all()
 

@@ -17,20 +17,19 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .. import process
-from ..bases import Basis, IdentityBasis
+from ..bases import IdentityBasis
 from ..drift import AdaptiveDiagonalDrift
 from ..solvers import SOLVERS
 from ..statistics import as_batches
-from .drift_owner import DriftOwner
+from .forward_process import ForwardProcess, at_least_float32, check_agree
 from .grids import SPACINGS, TIME_GRIDS, continuous_grid, custom_grid, inference_grid
-from .marginals import Marginals, integrated_beta_at, log_sigma
-from .parameterization import PARAMETERIZATIONS, Parameterization
+from .marginals import log_sigma
+from .parameterization import PARAMETERIZATIONS
 from .tables import LEARNED, VARIANCE_TYPES, Call, combine, learned_std, make_calls
 
 
 logger = logging.get_logger(__name__)
 
-HISTORY = 3  # older predictions that a solver may ask for
 PRIORS = ("conditional", "marginal")
 FINAL_SIGMAS = ("zero", "sigma_min")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
@@ -50,7 +49,7 @@ class VSDMSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor | None = None
 
 
-class VSDMScheduler(DriftOwner):
+class VSDMScheduler(ForwardProcess):
     r"""Scheduler of variational Schrödinger diffusion models: an Ornstein-Uhlenbeck process, a rate per dimension.
 
     It takes every argument of [`~diffusers.DDPMScheduler`] with the same meaning, so that
@@ -69,10 +68,10 @@ class VSDMScheduler(DriftOwner):
             ($v = a \epsilon - s x_0$).
         timestep_spacing, steps_offset: As in `DDPMScheduler`.
         solver (`str`, defaults to `"ddpm"`): Key of [`SOLVERS`]. It is never inferred from a foreign configuration.
-        solver_order (`int`, *optional*): Predictions that the multistep solvers use: 1 to 3 for `dpmsolver++` and
-            `unipc`, 1 or 2 for `sde-dpmsolver++`, 1 to 4 for `deis`, `ipndm` and `trig`. The first steps use what
-            there is, and but for the last three the last ones of a run of few steps use fewer. Defaults to the
-            solver's own, see [`SOLVERS`]; other solvers have only one.
+        solver_order (`int`, defaults to 2): Predictions that the multistep solvers use: 1 to 3 for `dpmsolver++` and
+            `unipc`, 1 or 2 for `sde-dpmsolver++`, 1 to 4 for `deis` and `ipndm`. The first steps use what there is,
+            and but for the last two the last ones of a run of few steps use fewer. Other solvers have an order of
+            their own.
         time_grid (`str`, *optional*): Times of a run: whole ones by `timestep_spacing` (`"spacing"`), or fractional
             ones, uniform in the root of k (`"quadratic"`), by Karras et al. (`"karras"`), or uniform in the log-SNR.
             The latter two go by the mean of the dimensions' log-SNRs; `"log_snr_mean"`, `"log_snr_largest"` and
@@ -113,7 +112,7 @@ class VSDMScheduler(DriftOwner):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         solver: str = "ddpm",
-        solver_order: int | None = None,
+        solver_order: int = 2,
         time_grid: str | None = None,
         prior_type: str = "conditional",
         final_sigmas_type: str = "zero",
@@ -155,7 +154,7 @@ class VSDMScheduler(DriftOwner):
         self.alphas_cumprod = torch.exp(-self.integrated_beta).float()
 
         self._solver = SOLVERS[solver]
-        self._solver.rule(solver_order)  # raises if there is none
+        rule = self._solver.rule(solver_order)
         self.order = self._solver.calls_per_step
         self.set_drift(None)
         self._prior_was_used = False
@@ -163,7 +162,7 @@ class VSDMScheduler(DriftOwner):
         self._begin_index: int | None = None
         self._first_index = 0
         self._held: Tensor | None = None
-        self._history: collections.deque[Tensor] = collections.deque(maxlen=HISTORY)
+        self._history: collections.deque[Tensor] = collections.deque(maxlen=rule.history)
         self.num_inference_steps: int | None = None
         self._set_grid(
             np.arange(num_train_timesteps - 1, -2, -1) if self._to_data else np.arange(num_train_timesteps)[::-1]
@@ -208,14 +207,6 @@ class VSDMScheduler(DriftOwner):
     def _to_data(self) -> bool:
         return self._internal_dict["final_sigmas_type"] == "zero"
 
-    def _lam(self) -> Tensor:
-        """Lambda in float64; a scalar where it is the same for all dimensions."""
-        if self._drift is None:
-            return torch.ones((), dtype=torch.float64)
-        lam = self._drift.lam
-        one = lam.flatten()[0]
-        return self._cached("lam", lambda: one.clone() if (lam == one).all() else lam)
-
     def _rates_of_step(self) -> tuple[Tensor, Tensor]:
         """Lambda, and the data's variance where the solver uses it: scalars, or both with the event's dimensions."""
         lam = self._lam()
@@ -227,10 +218,6 @@ class VSDMScheduler(DriftOwner):
             return lam, one
         return lam.reshape(lam.shape or [1] * variance.ndim), variance
 
-    def _g(self, k: np.ndarray | Tensor, lam: Tensor) -> Tensor:
-        """The integrated beta at training times `k` (-1 is the data), shaped to broadcast against `lam`."""
-        return integrated_beta_at(k, self.integrated_beta).reshape(-1, *[1] * lam.ndim)
-
     def _log_sigma(self, kind: str) -> np.ndarray:
         """log(s/a) at every training time: one number for all dimensions, as the time grid says."""
         lam = self._lam().flatten()
@@ -238,9 +225,6 @@ class VSDMScheduler(DriftOwner):
         if kind in ("log_snr_largest", "log_snr_smallest"):
             lam = lam.min() if kind == "log_snr_largest" else lam.max()
         return self._cached(("log_sigma", kind), lambda: log_sigma(lam, self.integrated_beta))
-
-    def __len__(self) -> int:
-        return len(self.betas)
 
     @property
     def init_noise_sigma(self) -> float | Tensor:
@@ -374,128 +358,11 @@ class VSDMScheduler(DriftOwner):
 
         return self._cached(("calls", device, dtype, self._first_index), make)
 
-    def _marginals(self, like: Tensor, dtype: torch.dtype) -> Marginals:
-        """The process for samples like this one, with scales of this type."""
-        return self._cached(
-            ("marginals", like.device, dtype, like.ndim),
-            lambda: Marginals(self._lam(), self.integrated_beta, like, dtype),
-        )
-
     def _data_mean(self, like: Tensor) -> Tensor:
         """The data's mean in the basis, beside samples like this one."""
         assert self._drift is not None
         mean = self._drift.data_mean
         return self._cached(("mean", like.device, like.dtype), lambda: mean.to(like.device, like.dtype))
-
-    def _training_times(self, timesteps: Tensor | int, like: Tensor) -> Tensor:
-        """A batch of training times, or one for all, beside the samples."""
-        timesteps = torch.as_tensor(timesteps).reshape(-1)
-        if timesteps.numel() not in (1, len(like)):
-            raise ValueError(
-                f"`timesteps` must be training steps, one or one for each of {len(like)} samples, got"
-                f" {timesteps.numel()}."
-            )
-        if timesteps.device.type == "cpu":
-            least, most = timesteps.aminmax()
-            if least < 0 or most > len(self.betas) - 1:
-                raise ValueError(f"`timesteps` must lie in [0, {len(self)}), got {timesteps.tolist()}.")
-        return timesteps.to(like.device)
-
-    def _check_event(self, sample: Tensor, name: str = "sample") -> None:
-        if self._drift is not None and tuple(sample.shape[1:]) != self._drift.event_shape:
-            raise ValueError(
-                f"`{name}` has shape {tuple(sample.shape)}, but the drift is for (batch, "
-                f"{', '.join(map(str, self._drift.event_shape))})."
-            )
-
-    # Forward process -----------------------------------------------------------------------------------------
-
-    def marginal_scales(self, sample: Tensor, timesteps: Tensor | int) -> tuple[Tensor, Tensor]:
-        r"""$a_t$ and $s_t$ of $x_t = a_t x_0 + s_t \epsilon$ (Corollary 1), broadcastable to `sample` in [`basis`].
-
-        Args:
-            sample (`Tensor`): Samples `(batch, *event_shape)`, for shape, device and type (float32 at least).
-            timesteps (`Tensor`): Training steps `(batch,)`, or one for all; fractional ones lie between two.
-        """
-        self._check_event(sample)
-        at = self._marginals(sample, _at_least_float32(sample.dtype))
-        return at.scales(self._training_times(timesteps, sample))
-
-    @property
-    def parameterization(self) -> Parameterization:
-        """What the network predicts (`prediction_type`), as functions."""
-        return PARAMETERIZATIONS[self._internal_dict["prediction_type"]]
-
-    def integrated_beta_at(self, timesteps: Tensor | int) -> Tensor:
-        r"""$g_t = -\log\bar\alpha_t$ at training steps, whole or between two; their shape, in float64."""
-        return integrated_beta_at(torch.as_tensor(timesteps).cpu(), self.integrated_beta)
-
-    def rates(self, timesteps: Tensor) -> Tensor:
-        r"""$\beta_t$ per unit of time, averaged over each training interval of length 1 / N; shape of `timesteps`."""
-        return (-torch.log1p(-self.betas) * len(self)).to(timesteps.device)[timesteps]
-
-    def basis(self, like: Tensor) -> Basis:
-        """The coordinates in which the process is elementwise, for tensors like this one.
-
-        Where lambda is one number the process is the same in every basis, and this is the identity.
-        """
-        return self._basis(like, self._lam())
-
-    def _basis(self, like: Tensor, numbers: Tensor) -> Basis:
-        drift = self._drift
-        if drift is None or numbers.ndim == 0:
-            return IdentityBasis()
-        return self._cached(("basis", like.device, like.dtype), lambda: drift.basis(like.device, like.dtype))
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        r"""$x_t = a_t x_0 + s_t \epsilon$ (Eq. 13 to 15).
-
-        Args:
-            original_samples, noise (`Tensor`): Data and standard normal noise, `(batch, *event_shape)`.
-            timesteps (`Tensor`): Training steps, `(batch,)`; fractional ones lie between two.
-
-        Raises:
-            ValueError: The shapes disagree, or a timestep lies outside the table.
-        """
-        if noise.shape != original_samples.shape:
-            raise ValueError(
-                f"`noise` of shape {tuple(noise.shape)} and `original_samples` of shape"
-                f" {tuple(original_samples.shape)} must agree."
-            )
-        self._check_event(original_samples)
-        dtype = original_samples.dtype
-
-        def make() -> tuple[Basis, torch.dtype, Marginals]:
-            basis = self.basis(original_samples.to(_at_least_float32(dtype)))
-            computed_in = dtype if isinstance(basis, IdentityBasis) else _at_least_float32(dtype)
-            return basis, computed_in, self._marginals(original_samples, computed_in)
-
-        # one look at the cache, for small samples
-        basis, computed_in, at = self._cached(("forward", original_samples.device, dtype, original_samples.ndim), make)
-        a, s = at.scales(self._training_times(timesteps, original_samples))
-        x0, eps = (basis.to_basis(x.to(computed_in)) for x in (original_samples, noise))
-        return basis.from_basis((x0 * a).addcmul_(eps, s)).to(dtype)
-
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        r"""$v = a_t \epsilon - s_t x_0$, the target of `v_prediction`; shapes as in [`add_noise`]."""
-        a, s = self.marginal_scales(sample, timesteps)
-        basis = self.basis(s)
-        x0, eps = (basis.to_basis(x.to(s.dtype)) for x in (sample, noise))
-        return basis.from_basis(PARAMETERIZATIONS["v_prediction"].target(x0, eps, a, s)).to(sample.dtype)
-
-    def get_score(self, model_output: Tensor, timesteps: Tensor | int, sample: Tensor) -> Tensor:
-        r"""The score $-\hat\epsilon / s_t$ of Eq. 17 and 18 that a network's output stands for, without clipping.
-
-        Args:
-            model_output, sample (`Tensor`): The network's output and its input $x_t$, `(batch, *event_shape)`.
-            timesteps (`Tensor` or `int`): Integer training steps, `(batch,)` or one for all.
-        """
-        model_output, _ = self._split_variance(model_output, sample)
-        a, s = self.marginal_scales(sample, timesteps)
-        basis = self.basis(s)
-        output, x = (basis.to_basis(x.to(s.dtype)) for x in (model_output, sample))
-        eps = self.parameterization.eps(output, x, a, s)
-        return basis.from_basis(process.conditional_score(eps, s))
 
     # Sampling ------------------------------------------------------------------------------------------------
 
@@ -585,17 +452,14 @@ class VSDMScheduler(DriftOwner):
             return_dict (`bool`, defaults to `True`): Whether to return a [`VSDMSchedulerOutput`] or a tuple.
 
         Raises:
-            ValueError: The timestep is not one of this run's, `step` is called too often, or shapes disagree.
+            ValueError: The timestep is not one of this run's, `step` is called too often, or shapes or
+                devices disagree. Types may differ: the result has the sample's.
         """
         self._check_event(sample)
         model_output, predicted_variance = self._split_variance(model_output, sample)
-        if model_output.shape != sample.shape:
-            raise ValueError(
-                f"`model_output` of shape {tuple(model_output.shape)} and `sample` of shape {tuple(sample.shape)}"
-                " must agree."
-            )
+        check_agree(model_output=model_output, sample=sample)
         dtype, noise_dtype = sample.dtype, model_output.dtype
-        computed_in = _at_least_float32(dtype)
+        computed_in = at_least_float32(dtype)
         sample, model_output = sample.to(computed_in), model_output.to(computed_in)
         index = self._next_index(timestep)
         if index == 0 and not self._prior_was_used and self._drift is not None and not self._drift.is_neutral:
@@ -685,7 +549,3 @@ class VSDMScheduler(DriftOwner):
         if config["clip_sample"]:
             return x0.clamp(-config["clip_sample_range"], config["clip_sample_range"])
         return x0
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype.itemsize < 4 else dtype

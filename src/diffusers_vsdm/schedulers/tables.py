@@ -51,7 +51,7 @@ class Call:
 
 def make_calls(
     solver: Solver,
-    order: int | None,
+    order: int,
     network: Parameterization,
     lam: Tensor,
     g: Tensor,

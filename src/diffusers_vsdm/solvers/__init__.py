@@ -29,6 +29,7 @@ class Rule:
 
     coefficients: Callable[..., Coefficients]
     order: int
+    history: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,6 @@ class Solver:
 
     Attributes:
         rules: By `solver_order`.
-        default: The `solver_order` where none is given.
         time_grid: The time grid where none is given.
         calls_per_step: Network calls for one step of the grid.
         multistep: Whether a step uses what earlier steps left, so that a run must be taken in its order.
@@ -47,7 +47,6 @@ class Solver:
     """
 
     rules: Mapping[int, Rule]
-    default: int = 1
     time_grid: str = "spacing"
     calls_per_step: int = 1
     multistep: bool = False
@@ -55,15 +54,14 @@ class Solver:
     samples_posterior: bool = False
     uses_moments: bool = False
 
-    def rule(self, solver_order: int | None) -> Rule:
-        """The rule for this `solver_order`, for none the default one; or the only one that there is.
+    def rule(self, solver_order: int) -> Rule:
+        """The rule for this `solver_order`, or the only one that there is.
 
         Raises:
             ValueError: There are several, and none for this one.
         """
         if len(self.rules) == 1:
             return next(iter(self.rules.values()))
-        solver_order = self.default if solver_order is None else solver_order
         if solver_order not in self.rules:
             raise ValueError(
                 f"`solver_order` must be one of {tuple(self.rules)} for this solver, got {solver_order!r}."
@@ -75,9 +73,9 @@ def _one(function: Callable[..., Coefficients], order: int) -> dict[int, Rule]:
     return {order: Rule(function, order)}
 
 
-def _several(function: Callable[..., Coefficients], *orders: int) -> dict[int, Rule]:
-    """Rules for `solver_order` 1, 2, ... that converge with these orders."""
-    return {n: Rule(partial(function, order=n), order) for n, order in enumerate(orders, 1)}
+def _several(function: Callable[..., Coefficients], *orders: int, corrects: bool = False) -> dict[int, Rule]:
+    """Rules for `solver_order` 1, 2, ... that converge with these orders; a corrector looks one call further back."""
+    return {n: Rule(partial(function, order=n), order, n - 1 + corrects) for n, order in enumerate(orders, 1)}
 
 
 SOLVERS: dict[str, Solver] = {
@@ -86,13 +84,13 @@ SOLVERS: dict[str, Solver] = {
     "euler": Solver(_one(euler, 1)),
     "heun": Solver(_one(heun, 2), calls_per_step=2),
     "euler-maruyama": Solver(_one(euler_maruyama, 1), stochastic=True),
-    "dpmsolver++": Solver(_several(dpmsolver_pp, 1, 2, 3), default=2, multistep=True),
-    "sde-dpmsolver++": Solver(_several(sde_dpmsolver_pp, 1, 2), default=2, multistep=True, stochastic=True),
-    "unipc": Solver(_several(unipc, 2, 3, 4), default=2, multistep=True),
-    "deis": Solver(_several(deis, 1, 2, 3, 4), default=3, multistep=True),
+    "dpmsolver++": Solver(_several(dpmsolver_pp, 1, 2, 3), multistep=True),
+    "sde-dpmsolver++": Solver(_several(sde_dpmsolver_pp, 1, 2), multistep=True, stochastic=True),
+    "unipc": Solver(_several(unipc, 2, 3, 4, corrects=True), multistep=True),
+    "deis": Solver(_several(deis, 1, 2, 3, 4), multistep=True),
     # the weights of equal steps on other grids: more steps of history do not give more order
-    "ipndm": Solver(_several(ipndm, 1, 2, 2, 2), default=3, multistep=True),
-    "trig": Solver(_several(trig, 1, 2, 3, 4), default=3, time_grid="quadratic", multistep=True, uses_moments=True),
+    "ipndm": Solver(_several(ipndm, 1, 2, 2, 2), multistep=True),
+    "trig": Solver({3: Rule(trig, order=3, history=2)}, time_grid="quadratic", multistep=True, uses_moments=True),
 }
 
 __all__ = ["SOLVERS", "Coefficients", "Rule", "Solver"]

@@ -1,0 +1,163 @@
+"""The forward half of `VSDMScheduler`: the process with its table and its drift, without solvers."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import process
+from ..bases import Basis, IdentityBasis
+from .drift_owner import DriftOwner
+from .marginals import Marginals, integrated_beta_at
+from .parameterization import PARAMETERIZATIONS, Parameterization
+
+
+class ForwardProcess(DriftOwner):
+    """Base of schedulers: noise is added by a table of betas and the rates of a drift.
+
+    Attributes:
+        betas (`Tensor`): The table, `(N,)` in float32.
+        integrated_beta (`Tensor`): $g_k$ at the training times, `(N,)` in float64.
+    """
+
+    betas: Tensor
+    integrated_beta: Tensor
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    def marginal_scales(self, sample: Tensor, timesteps: Tensor | int) -> tuple[Tensor, Tensor]:
+        r"""$a_t$ and $s_t$ of $x_t = a_t x_0 + s_t \epsilon$ (Corollary 1), broadcastable to `sample` in [`basis`].
+
+        Args:
+            sample (`Tensor`): Samples `(batch, *event_shape)`, for shape, device and type (float32 at least).
+            timesteps (`Tensor`): Training steps `(batch,)`, or one for all; fractional ones lie between two.
+        """
+        self._check_event(sample)
+        at = self._marginals(sample, at_least_float32(sample.dtype))
+        return at.scales(self._training_times(timesteps, sample))
+
+    @property
+    def parameterization(self) -> Parameterization:
+        """What the network predicts (`prediction_type`), as functions."""
+        return PARAMETERIZATIONS[self._internal_dict["prediction_type"]]
+
+    def integrated_beta_at(self, timesteps: Tensor | int) -> Tensor:
+        r"""$g_t = -\log\bar\alpha_t$ at training steps, whole or between two; their shape, in float64."""
+        return integrated_beta_at(torch.as_tensor(timesteps).cpu(), self.integrated_beta)
+
+    def rates(self, timesteps: Tensor) -> Tensor:
+        r"""$\beta_t$ per unit of time, averaged over each training interval of length 1 / N; shape of `timesteps`."""
+        return (-torch.log1p(-self.betas) * len(self)).to(timesteps.device)[timesteps]
+
+    def basis(self, like: Tensor) -> Basis:
+        """The coordinates in which the process is elementwise, for tensors like this one.
+
+        Where lambda is one number the process is the same in every basis, and this is the identity.
+        """
+        return self._basis(like, self._lam())
+
+    def _basis(self, like: Tensor, numbers: Tensor) -> Basis:
+        drift = self._drift
+        if drift is None or numbers.ndim == 0:
+            return IdentityBasis()
+        return self._cached(("basis", like.device, like.dtype), lambda: drift.basis(like.device, like.dtype))
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        r"""$x_t = a_t x_0 + s_t \epsilon$ (Eq. 13 to 15).
+
+        Args:
+            original_samples, noise (`Tensor`): Data and standard normal noise, `(batch, *event_shape)`.
+            timesteps (`Tensor`): Training steps, `(batch,)`; fractional ones lie between two.
+
+        Raises:
+            ValueError: The shapes or devices disagree, or a timestep lies outside the table.
+        """
+        check_agree(noise=noise, original_samples=original_samples)
+        self._check_event(original_samples)
+        dtype = original_samples.dtype
+
+        def make() -> tuple[Basis, torch.dtype, Marginals]:
+            basis = self.basis(original_samples.to(at_least_float32(dtype)))
+            computed_in = dtype if isinstance(basis, IdentityBasis) else at_least_float32(dtype)
+            return basis, computed_in, self._marginals(original_samples, computed_in)
+
+        # one look at the cache, for small samples
+        basis, computed_in, at = self._cached(("forward", original_samples.device, dtype, original_samples.ndim), make)
+        a, s = at.scales(self._training_times(timesteps, original_samples))
+        x0, eps = (basis.to_basis(x.to(computed_in)) for x in (original_samples, noise))
+        return basis.from_basis((x0 * a).addcmul_(eps, s)).to(dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        r"""$v = a_t \epsilon - s_t x_0$, the target of `v_prediction`; shapes as in [`add_noise`]."""
+        a, s = self.marginal_scales(sample, timesteps)
+        basis = self.basis(s)
+        x0, eps = (basis.to_basis(x.to(s.dtype)) for x in (sample, noise))
+        return basis.from_basis(PARAMETERIZATIONS["v_prediction"].target(x0, eps, a, s)).to(sample.dtype)
+
+    def get_score(self, model_output: Tensor, timesteps: Tensor | int, sample: Tensor) -> Tensor:
+        r"""The score $-\hat\epsilon / s_t$ of Eq. 17 and 18 that a network's output stands for, without clipping.
+
+        Args:
+            model_output, sample (`Tensor`): The network's output and its input $x_t$, `(batch, *event_shape)`.
+            timesteps (`Tensor` or `int`): Integer training steps, `(batch,)` or one for all.
+        """
+        model_output, _ = self._split_variance(model_output, sample)
+        a, s = self.marginal_scales(sample, timesteps)
+        basis = self.basis(s)
+        output, x = (basis.to_basis(x.to(s.dtype)) for x in (model_output, sample))
+        eps = self.parameterization.eps(output, x, a, s)
+        return basis.from_basis(process.conditional_score(eps, s))
+
+    def _lam(self) -> Tensor:
+        """Lambda in float64; a scalar where it is the same for all dimensions."""
+        if self._drift is None:
+            return torch.ones((), dtype=torch.float64)
+        lam = self._drift.lam
+        one = lam.flatten()[0]
+        return self._cached("lam", lambda: one.clone() if (lam == one).all() else lam)
+
+    def _g(self, k: np.ndarray | Tensor, lam: Tensor) -> Tensor:
+        """The integrated beta at training times `k` (-1 is the data), shaped to broadcast against `lam`."""
+        return integrated_beta_at(k, self.integrated_beta).reshape(-1, *[1] * lam.ndim)
+
+    def _marginals(self, like: Tensor, dtype: torch.dtype) -> Marginals:
+        """The process for samples like this one, with scales of this type."""
+        return self._cached(
+            ("marginals", like.device, dtype, like.ndim),
+            lambda: Marginals(self._lam(), self.integrated_beta, like, dtype),
+        )
+
+    def _training_times(self, timesteps: Tensor | int, like: Tensor) -> Tensor:
+        """A batch of training times, or one for all, beside the samples."""
+        timesteps = torch.as_tensor(timesteps).reshape(-1)
+        if timesteps.numel() not in (1, len(like)):
+            raise ValueError(
+                f"`timesteps` must be training steps, one or one for each of {len(like)} samples, got"
+                f" {timesteps.numel()}."
+            )
+        if timesteps.device.type == "cpu":
+            least, most = timesteps.aminmax()
+            if least < 0 or most > len(self.betas) - 1:
+                raise ValueError(f"`timesteps` must lie in [0, {len(self)}), got {timesteps.tolist()}.")
+        return timesteps.to(like.device)
+
+    def _check_event(self, sample: Tensor, name: str = "sample") -> None:
+        if self._drift is not None and tuple(sample.shape[1:]) != self._drift.event_shape:
+            raise ValueError(
+                f"`{name}` has shape {tuple(sample.shape)}, but the drift is for (batch, "
+                f"{', '.join(map(str, self._drift.event_shape))})."
+            )
+
+
+def check_agree(**tensors: Tensor) -> None:
+    """Raise a ValueError unless two tensors, given by name, have one shape and one device."""
+    (first, x), (second, y) = tensors.items()
+    if x.shape != y.shape:
+        raise ValueError(f"`{first}` of shape {tuple(x.shape)} and `{second}` of shape {tuple(y.shape)} must agree.")
+    if x.device != y.device:
+        raise ValueError(f"`{first}` on {x.device} and `{second}` on {y.device} must be on one device.")
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The type to compute in, for samples of this one."""
+    return torch.float32 if dtype.itemsize < 4 else dtype

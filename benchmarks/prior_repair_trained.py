@@ -1,4 +1,4 @@
-"""The same as `benchmarks.prior_repair`, with a small network that was trained on CIFAR-10 at 16x16 in minutes.
+"""The same as `benchmarks.prior_repair`, with a small network that was trained on CIFAR-10 at 32x32 in minutes.
 
     python -m benchmarks.prior_repair_trained --data FOLDER     # a folder with CIFAR-10 as on the Hub
 
@@ -29,12 +29,12 @@ from .prior_repair import SAMPLER, SEEDS, TABLE, measure
 from .tables import RESULTS, ROOT
 
 
-RESOLUTION, STEPS, SAMPLES, SHOWN = 16, 4000, 1000, 16
-SAMPLING_STEPS = 50
+RESOLUTION, STEPS, SAMPLES, SHOWN = 32, 4000, 500, 16
+SAMPLING_STEPS = 25
 FLAGS = {
     "resolution": RESOLUTION,
     "max_train_steps": STEPS,
-    "train_batch_size": 64,
+    "train_batch_size": 32,
     "learning_rate": 1e-3,
     "baseline": "sgm",
     "prior_type": "conditional",

@@ -133,6 +133,14 @@ TABLES: dict[str, tuple] = {
             "in stochastic approximation, %": median("sa_share", 1, 100),
         },
     ),
+    "scheduler_speed": (
+        "scheduler_speed.json",
+        {
+            f"{method}, {solver}": median(f"{method}, {solver}", 2)
+            for method in ("step", "add_noise")
+            for solver in ("ddpm", "dpmsolver++", "unipc")
+        },
+    ),
     "prior_repair": (
         "prior_repair.json",
         {"brightness": each("brightness", 3), "Frechet distance": each("frechet", 2)},

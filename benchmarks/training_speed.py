@@ -25,6 +25,7 @@ REPEATS = 5
 SHARED = {
     "resolution": RESOLUTION,
     "random_flip": True,
+    "use_ema": True,
     "train_batch_size": BATCH,
     "eval_batch_size": 1,
     "ddpm_num_inference_steps": 2,

@@ -167,7 +167,7 @@ TABLES: dict[str, tuple] = {
     ),
     "solvers_ranked": (
         "solvers.json",
-        {f"{calls} calls": each(str(calls), 4) for calls in (5, 6, 8, 10, 20, 50)},
+        {f"{calls} calls": each(str(calls), 5) for calls in (5, 6, 8, 10, 20, 50)},
         rank_solvers,
     ),
     "simulation": ("simulation.json", {"E[score x], x / y": axes("moment", 3)}),

@@ -3,9 +3,9 @@
     python -m benchmarks.training_speed --script PATH/train_unconditional.py --data FOLDER
 
 The script is that of a Diffusers checkout; it needs torchvision. Both train the same network on the same images, in
-interleaved processes; the rate is that of the steps after the first few, by the times of their log entries. The peak of
-memory is taken when the script ends: a build of torch with CUDA maps in another 100 MB when the process is torn down.
-Writes `benchmarks/results/training_speed.json`.
+interleaved processes; the rate is that of the steps after the first few, by the times of their log entries. The peak
+of memory is taken when the script ends: a build of torch with CUDA maps in another 100 MB when the process is torn
+down. Writes `benchmarks/results/training_speed.json`.
 """
 
 import argparse

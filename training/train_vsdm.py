@@ -2,7 +2,8 @@
 
     accelerate launch training/train_vsdm.py --dataset_name spiral-8y --standardize --output_dir outputs/spiral-8y
 
-The output folder holds the pipeline, `metrics.json`, `samples.png`, `drift.png` and a model card.
+The output folder holds the pipeline, `metrics.json`, `samples.png`, `drift.png` and a model card; with `--push_to_hub`
+so does a repository on the Hub.
 """
 
 import sys
@@ -10,6 +11,7 @@ import sys
 from accelerate import PartialState
 from transformers import HfArgumentParser
 
+from diffusers_vsdm.hub.publishing import create_repository, publish
 from diffusers_vsdm.trainer import Trainer, TrainingConfig
 from diffusers_vsdm.trainer.report import write_report
 
@@ -20,7 +22,10 @@ def main() -> None:
     try:
         (config,) = HfArgumentParser(TrainingConfig, description=__doc__).parse_args_into_dataclasses()
         if state.is_main_process:
-            config.prepare_output_dir()
+            folder = config.prepare_output_dir()
+            if config.push_to_hub:  # before the work, not after it
+                name = config.hub_model_id or folder.resolve().name
+                repo_id = create_repository(name, config.hub_private_repo or None, config.hub_revision or None)
         trainer = Trainer(config)
     except (ValueError, OSError) as error:
         sys.exit(f"train_vsdm.py: {error}")
@@ -32,6 +37,16 @@ def main() -> None:
         f"\n{result.seconds:.0f} s of training, {100 * metrics['sa_share']:.1f}% of it in"
         f" stochastic approximation; everything is in {config.output_dir}/"
     )
+    if not config.push_to_hub:
+        return
+    try:
+        commit = publish(folder, repo_id, revision=config.hub_revision or None, tag=config.hub_tag or None)
+    except Exception as error:
+        sys.exit(
+            f"train_vsdm.py: the model could not be pushed ({error}). It is whole in {folder}; push it with"
+            f" `diffusers_vsdm.hub.publishing.publish({str(folder)!r}, {repo_id!r})`."
+        )
+    print(f"It is on the Hub: {commit}")
 
 
 if __name__ == "__main__":

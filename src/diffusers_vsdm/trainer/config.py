@@ -1,5 +1,6 @@
 """The settings of a training run; `HfArgumentParser` makes the command line of this dataclass."""
 
+import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -17,12 +18,17 @@ from ..stochastic_approximation import GRADIENTS, SIMULATION_PRIORS
 
 
 POWER_LAW = "power_law"
+SCRIPT = "training/train_vsdm.py"
 # what may differ between the parts of a resumed run
 INCIDENTAL = (
     "output_dir overwrite_output_dir cache_dir num_eval_samples num_eval_steps eval_batch_size"
     " ddpm_num_inference_steps validation_steps logger logging_steps logging_dir checkpointing_steps"
-    " checkpoints_total_limit resume_from_checkpoint"
+    " checkpoints_total_limit resume_from_checkpoint license push_to_hub hub_model_id hub_private_repo hub_revision"
+    " hub_tag"
 ).split()
+# of this machine and this run alone: not for others' eyes
+LOCAL = "output_dir overwrite_output_dir cache_dir logging_dir resume_from_checkpoint".split()
+PLACES = ("train_data_dir", "model_config_name_or_path", "pretrained_model_name_or_path")
 BASELINES = ("none", "sgm")
 LAMBDA_PER = ("all", "channel", "element")
 
@@ -119,6 +125,14 @@ class TrainingConfig:
     checkpoints_total_limit: int = _setting(0, "Checkpoints to keep, the newest ones; 0 for all.")
     resume_from_checkpoint: str = _setting("", "Go on from `latest`, or from a checkpoint's name or path.")
 
+    # the Hub; whose token comes from `hf auth login` or from the variable HF_TOKEN
+    license: str = _setting("", "Licence of the model, for its card, as the Hub spells it; apache-2.0 for toys.")
+    push_to_hub: bool = _setting(False, "Push the model to the Hub.")
+    hub_model_id: str = _setting("", "Repository to push to; by default the name of `output_dir`.")
+    hub_private_repo: bool = _setting(False, "Make that repository private.")
+    hub_revision: str = _setting("", "Branch to push to, instead of main.")
+    hub_tag: str = _setting("", "Tag for what is pushed.")
+
     def __post_init__(self) -> None:
         """Check each setting.
 
@@ -192,6 +206,21 @@ class TrainingConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that make the run what it is: all that a resumed part must share."""
         return {key: value for key, value in asdict(self).items() if key not in INCIDENTAL}
+
+    def public(self) -> dict[str, Any]:
+        """The settings that may be published: without local paths, and folders by their last name."""
+        hidden = {*LOCAL, *(key for key in asdict(self) if "hub" in key)}
+        settings = {key: value for key, value in asdict(self).items() if key not in hidden}
+        return settings | {
+            key: Path(settings[key]).resolve().name for key in PLACES if settings[key] and Path(settings[key]).exists()
+        }
+
+    def command(self) -> str:
+        """The command line of such a run, of public settings that are not the defaults."""
+        default = type(self)().public()
+        given = {key: value for key, value in self.public().items() if value != default[key]}
+        flags = [f"--{key}" if value is True else f"--{key} {shlex.quote(str(value))}" for key, value in given.items()]
+        return " ".join(["accelerate launch", SCRIPT, *flags])
 
     def prepare_output_dir(self) -> Path:
         """Make the output folder.

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +100,7 @@ def write_report(config: TrainingConfig, result: TrainingResult) -> dict[str, An
         pictures["samples.png"] = picture_paths(
             sample_toy(config.dataset_name, config.num_eval_samples, generator), paths
         )
-    record = {"metrics": metrics, "config": asdict(config), "versions": versions()}
+    record = {"metrics": metrics, "config": config.public(), "command": config.command(), "versions": versions()}
     write_atomically(folder / "metrics.json", (json.dumps(record, indent=2) + "\n").encode())
     for name, picture in pictures.items():
         picture.save(folder / name)

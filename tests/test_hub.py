@@ -1,0 +1,241 @@
+"""Pushing and loading by name, against a server on loopback that speaks the Hub's protocol (`tests/hub_server.py`)."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+from diffusers_vsdm import VSDMPipeline
+from diffusers_vsdm.hub.publishing import publish
+from diffusers_vsdm.trainer import TrainingConfig, train
+from diffusers_vsdm.trainer.report import write_report
+
+from .hub_server import ROOT, Hub
+from .test_ways_in import SAMPLE, WAYS
+
+
+TINY = {
+    "standardize": True,
+    "max_train_steps": 20,
+    "sa_stages": 2,
+    "sa_trajectories": 8,
+    "num_train_samples": 500,
+    "train_batch_size": 32,
+    "model_width": 8,
+    "num_eval_samples": 50,
+}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    server = Hub(tmp_path_factory.mktemp("hub"))
+    server.start()
+    yield server
+    server.process.kill()
+
+
+@pytest.fixture
+def client(hub, tmp_path, monkeypatch):
+    """This process as a client of the server, with an empty cache."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "token-alice")
+    return hub.api()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model's folder, with what a long run leaves beside it."""
+    folder = tmp_path_factory.mktemp("runs") / "spiral"
+    config = TrainingConfig(output_dir=str(folder), **TINY)
+    write_report(config, train(config))
+    for name in ("checkpoint-10/state.safetensors", "logs/vsdm/events", "validation/step-10.png", "unet/.hidden"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("not for others")
+    return folder
+
+
+PUSHED = {
+    ".gitattributes",
+    "README.md",
+    "drift.png",
+    "metrics.json",
+    "model_index.json",
+    "normalizer/config.json",
+    "normalizer/diffusion_pytorch_model.safetensors",
+    "pipeline.py",
+    "samples.png",
+    "scheduler/scheduler_config.json",
+    "scheduler/vsdm.drift/drift.safetensors",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+}
+
+
+def test_a_private_run_is_pushed_and_loads_in_every_way(hub, tmp_path, monkeypatch):
+    """The command line from its first flag to samples of a fresh process; only what a model is leaves the machine."""
+    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in TINY.items()]
+    flags += ["--push_to_hub", "--hub_model_id=private-spiral", "--hub_private_repo", "--hub_tag=v1"]
+    flags += ["--output_dir=outputs/secret-place", "--checkpointing_steps=10", "--logger=tensorboard"]
+    script = [sys.executable, str(ROOT / "training" / "train_vsdm.py")]
+    environment = hub.environment(tmp_path / "home")
+    outcome = subprocess.run([*script, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert outcome.returncode == 0 and "It is on the Hub" in outcome.stdout, outcome.stderr
+    assert "token-alice" not in outcome.stdout + outcome.stderr
+
+    repo_id = "alice/private-spiral"
+    assert set(hub.api().list_repo_files(repo_id)) == PUSHED
+    assert [tag.name for tag in hub.api().list_repo_refs(repo_id).tags] == ["v1"]
+    for user in (None, "bob"):
+        with pytest.raises(RepositoryNotFoundError):
+            hub.api(user).model_info(repo_id)
+    for name in PUSHED:
+        path = hub.api().hf_hub_download(repo_id, name, cache_dir=tmp_path / "cache")
+        content = Path(path).read_bytes()
+        assert b"secret-place" not in content and str(tmp_path).encode() not in content, name
+        assert b"token-alice" not in content, name
+
+    local = VSDMPipeline.from_pretrained(tmp_path / "outputs" / "secret-place")
+    namespace = {"pipeline": local}
+    monkeypatch.chdir(tmp_path)
+    exec(SAMPLE, namespace)
+    expected = np.load("samples.npy")
+    for number, (way, code) in enumerate(WAYS.items()):
+        folder = tmp_path / f"way-{number}"
+        folder.mkdir()
+        # Diffusers asks for a library that it does not know before it reads the remote code
+        known = "import diffusers_vsdm\n" if way == "custom_pipeline" else ""
+        code = known + code.replace("'model'", f"{repo_id!r}") + SAMPLE
+        environment = hub.environment(folder / "home")
+        outcome = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True)
+        assert outcome.returncode == 0, (way, outcome.stderr.decode()[-2000:])
+        assert np.array_equal(np.load(folder / "samples.npy"), expected), way
+
+
+def test_revisions_tags_and_a_name_that_exists(client, trained, tmp_path):
+    publish(trained, "alice/versions")
+    publish(trained, "versions", revision="experiment", tag="v2", commit_message="another")
+    refs = client.list_repo_refs("alice/versions")
+    heads = {branch.name: branch.target_commit for branch in refs.branches}
+    assert set(heads) == {"main", "experiment"} and heads["main"] != heads["experiment"]
+    assert {tag.name: tag.target_commit for tag in refs.tags} == {"v2": heads["experiment"]}
+    with pytest.raises(HfHubHTTPError, match="409|already exists"):
+        publish(trained, "alice/versions", tag="v2")
+    with pytest.raises(HfHubHTTPError, match="rights"):
+        publish(trained, "bob/versions")
+    with pytest.raises(FileNotFoundError, match="model_index.json"):
+        publish(tmp_path, "alice/nothing")
+    assert "not for others" not in json.dumps([f.rfilename for f in client.model_info("alice/versions").siblings])
+    assert set(client.list_repo_files("alice/versions")) == PUSHED
+
+
+def test_pipelines_and_schedulers_push_themselves(hub, trained, tmp_path):
+    """By the methods of Diffusers, in half precision too; a component is swapped for the one on the Hub."""
+    code = f"""
+import torch
+from diffusers_vsdm import VSDMPipeline, VSDMScheduler
+pipeline = VSDMPipeline.from_pretrained({str(trained)!r})
+pipeline.push_to_hub("alice/halves")
+pipeline.to(dtype=torch.float16).push_to_hub("alice/halves", variant="fp16")
+pipeline.scheduler.push_to_hub("alice/scheduler")
+half = VSDMPipeline.from_pretrained("alice/halves", variant="fp16", dtype=torch.float16)
+assert half.unet.dtype == torch.float16 and half.scheduler.drift.lam.dtype == torch.float64
+scheduler = VSDMScheduler.from_pretrained("alice/scheduler")
+assert torch.equal(scheduler.drift.lam, half.scheduler.drift.lam)
+swapped = VSDMScheduler.from_config(scheduler.config, solver="trig")
+other = VSDMPipeline.from_pretrained("alice/halves", scheduler=swapped)
+assert other(3, num_inference_steps=4, output_type="np").samples.shape == (3, 2)
+"""
+    outcome = subprocess.run(
+        [sys.executable, "-c", code], env=hub.environment(tmp_path / "home"), cwd=tmp_path, capture_output=True
+    )
+    assert outcome.returncode == 0, outcome.stderr.decode()[-2000:]
+
+
+def test_what_is_written_by_hand_survives(client, trained):
+    """On the Hub and here: sections before, between and after, and metadata."""
+    publish(trained, "alice/card")
+    card = ModelCard.load(client.hf_hub_download("alice/card", "README.md"))
+    assert 'from_pretrained("alice/card")' in card.text and card.data.eval_results
+    text = card.content.replace("## Drift", "By hand, before.\n\n## Drift") + "\nBy hand, after.\n"
+    text = text.replace("license: apache-2.0", "license: mit\nlanguage: en").replace("lambda:", "something wrong:")
+    client.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id="alice/card")
+    publish(trained, "alice/card")
+    again = ModelCard.load(client.hf_hub_download("alice/card", "README.md"))
+    assert "By hand, before.\n\n## Drift" in again.text and again.text.endswith("By hand, after.\n")
+    assert "something wrong" not in again.text
+    assert again.data.license == "mit" and again.data.language == "en"
+    assert again.data.eval_results == card.data.eval_results
+
+    here = trained / "README.md"
+    here.write_text(here.read_text() + "\nWritten here.\n")
+    publish(trained, "alice/card")
+    final = ModelCard.load(client.hf_hub_download("alice/card", "README.md")).text
+    assert final.endswith("By hand, after.\n\nWritten here.\n")
+
+
+def test_the_card_s_code_runs_as_printed(hub, client, trained, tmp_path):
+    publish(trained, "alice/as-printed")
+    text = Path(client.hf_hub_download("alice/as-printed", "README.md")).read_text()
+    code = "".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
+    assert code.count("samples = ") == 2
+    code += "assert samples.shape == (1000, 2)"
+    outcome = subprocess.run(
+        [sys.executable, "-c", code], env=hub.environment(tmp_path / "home"), cwd=tmp_path, capture_output=True
+    )
+    assert outcome.returncode == 0, outcome.stderr.decode()[-2000:]
+    command = re.search(r"^accelerate launch .*", text, flags=re.MULTILINE)[0]
+    assert "--standardize" in command and "--max_train_steps 20" in command and str(trained.parent) not in text
+
+
+@pytest.mark.parametrize("token", [None, "token-bob", "nonsense"])
+def test_a_push_that_is_not_allowed_ends_before_the_training(hub, tmp_path, token):
+    flags = ["--push_to_hub", "--hub_model_id=alice/not-yours", f"--output_dir={tmp_path / 'model'}"]
+    environment = hub.environment(tmp_path / "home", user=None) | ({"HF_TOKEN": token} if token else {})
+    script = [sys.executable, str(ROOT / "training" / "train_vsdm.py"), *flags]
+    outcome = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert outcome.returncode == 1 and "Traceback" not in outcome.stderr
+    assert {None: "Invalid username", "token-bob": "rights", "nonsense": "Invalid user token"}[token] in outcome.stderr
+    assert not list((tmp_path / "model").iterdir())
+
+
+@pytest.mark.parametrize("moment", ["PUT ", "/commit/"])
+def test_a_server_that_goes_away_leaves_nothing_half_visible(hub, client, trained, moment):
+    repo_id = f"alice/broken-{moment.strip(' /').replace('/', '-').lower()}"
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file() and path.name != "README.md"}
+    (hub.folder / "dies_at").write_text(moment)
+    try:
+        with pytest.raises(Exception, match="disconnected|reset|uploading"):
+            publish(trained, repo_id)
+    finally:
+        hub.process.wait(timeout=60)
+        (hub.folder / "dies_at").unlink()
+        hub.start()
+    assert client.list_repo_files(repo_id) == [".gitattributes"]
+    assert all(path.read_bytes() == content for path, content in before.items())
+    publish(trained, repo_id)
+    assert set(client.list_repo_files(repo_id)) == PUSHED
+
+
+def test_a_damaged_file_is_named(hub, client, trained, tmp_path):
+    publish(trained, "alice/damaged")
+    path = "scheduler/vsdm.drift/drift.safetensors"
+    (info,) = client.get_paths_info("alice/damaged", path)
+    stored = hub.folder / "large" / "alice/damaged" / info.lfs.sha256
+    content = bytearray(stored.read_bytes())
+    content[-9] ^= 1  # a last digit of lambda's neighbours, the length stays
+    stored.write_bytes(bytes(content))
+    code = "from diffusers_vsdm import VSDMPipeline; VSDMPipeline.from_pretrained('alice/damaged')"
+    outcome = subprocess.run(
+        [sys.executable, "-c", code], env=hub.environment(tmp_path / "home"), cwd=tmp_path, capture_output=True
+    )
+    assert outcome.returncode and b"drift_sha256 differs" in outcome.stderr

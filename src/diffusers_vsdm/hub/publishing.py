@@ -47,7 +47,7 @@ def publish(
     """Push a folder that `training/train_vsdm.py` left, in one commit: it is on the Hub whole or not at all.
 
     The card is rendered anew with the repository's name, and what was written into it by hand, here or on the Hub,
-    is kept. Files of the repository that the folder does not have stay there.
+    is kept; of two such texts this folder's counts. Files of the repository that the folder does not have stay there.
 
     Args:
         folder: The model's folder.

@@ -9,6 +9,7 @@ from ..bases import Basis, IdentityBasis
 from .drift_owner import DriftOwner
 from .marginals import Marginals, integrated_beta_at
 from .parameterization import PARAMETERIZATIONS, Parameterization
+from .tables import LEARNED
 
 
 class ForwardProcess(DriftOwner):
@@ -140,6 +141,13 @@ class ForwardProcess(DriftOwner):
             if least < 0 or most > len(self.betas) - 1:
                 raise ValueError(f"`timesteps` must lie in [0, {len(self)}), got {timesteps.tolist()}.")
         return timesteps.to(like.device)
+
+    def _split_variance(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A network's prediction and, from its second half of channels, its variance if it learns one."""
+        channels = sample.shape[1]
+        if self._internal_dict["variance_type"] in LEARNED and model_output.shape[1] == 2 * channels:
+            return model_output[:, :channels], model_output[:, channels:]
+        return model_output, None
 
     def _check_event(self, sample: Tensor, name: str = "sample") -> None:
         if self._drift is not None and tuple(sample.shape[1:]) != self._drift.event_shape:

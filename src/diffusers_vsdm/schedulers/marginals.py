@@ -15,7 +15,7 @@ FEW_RATES = 64  # so many are looked up in a table at every training time
 
 
 def integrated_beta_at(k: np.ndarray | Tensor, table: Tensor) -> Tensor:
-    """G at training times `k`, whole or fractional, in the shape of `k`; -1 is the data.
+    """The integrated beta at training times `k`, whole or fractional, in the shape of `k`; -1 is the data.
 
     Args:
         k: In [-1, N - 1].
@@ -62,7 +62,7 @@ class Marginals:
         return process.mean_scale(lam, g), process.std(lam, g)
 
     def scales(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """A and s at training times `(batch,)` on the device, shaped to broadcast against a sample."""
+        """Both scales at training times `(batch,)` on the device, shaped to broadcast against a sample."""
         if self._looked_up is not None and not timesteps.is_floating_point():
             a, s = self._looked_up
             return a[timesteps], s[timesteps]

@@ -532,13 +532,6 @@ class VSDMScheduler(ForwardProcess):
         others = {"fixed_small_log": small.sqrt(), "fixed_large": large, "fixed_large_log": large.log()}
         return others.get(kind, small)
 
-    def _split_variance(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A network's prediction and, from its second half of channels, its variance if it learns one."""
-        channels = sample.shape[1]
-        if self._internal_dict["variance_type"] in LEARNED and model_output.shape[1] == 2 * channels:
-            return model_output[:, :channels], model_output[:, channels:]
-        return model_output, None
-
     def _clip(self, x0: Tensor) -> Tensor:
         """Static clipping, or dynamic thresholding (Saharia et al. 2022, section 2.3), of the predicted data."""
         config = self._internal_dict

@@ -2,7 +2,7 @@
 
     python -m benchmarks.hub_speed
 
-Both go to the server of `tests/hub_server.py` on loopback, for a toy pipeline and for images with 30 MB of weights, in
+Both go to the server of `tests/hub_server.py` on loopback, for a toy pipeline and for images with 28 MB of weights, in
 interleaved runs. A push is `publish` beside `HfApi.upload_folder`; a cold load is `VSDMPipeline.from_pretrained` from
 an empty cache beside `snapshot_download` and the same load from its folder. Writes
 `benchmarks/results/hub_speed.json`.
@@ -23,7 +23,7 @@ from .tables import RESULTS
 
 
 REPEATS = 5
-CHANNELS = 80  # of a UNet2DModel with 30 MB
+CHANNELS = 96  # of a UNet2DModel with 28 MB
 
 
 def timed(function: Any) -> float:

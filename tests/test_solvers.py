@@ -81,14 +81,15 @@ def test_trig_is_exact_for_gaussians_in_any_number_of_steps(prediction_type, ste
     torch.testing.assert_close(y, problem.flow(x, start, torch.zeros(())), rtol=1e-10, atol=1e-10)
 
 
-def test_trig_without_variance_is_the_flow_in_the_data():
-    """v -> 0 in its first step: DPM-Solver++ 1, also in a dimension that does not vary."""
+@pytest.mark.parametrize("widest", [0.0, 100.0])
+def test_trig_without_variance_is_the_flow_in_the_data(widest):
+    """v -> 0 in its first step: DPM-Solver++ 1 in the dimensions that do not vary, beside one that may."""
     problem = ANISOTROPIC
     schedulers = [
         scheduler_for(problem, moments=False, solver=name, solver_order=1, time_grid="spacing")
         for name in ("trig", "dpmsolver++")
     ]
-    schedulers[0].drift.data_variance.copy_(torch.tensor([0.0, 1e5, 0.0]))
+    schedulers[0].drift.data_variance.copy_(torch.tensor([0.0, widest, 0.0]))
     ours, theirs = schedulers
     x = torch.randn(8, 3, dtype=torch.float64)
     for scheduler in schedulers:
@@ -96,7 +97,7 @@ def test_trig_without_variance_is_the_flow_in_the_data():
     k = ours.timesteps[3]
     eps = problem.eps(x, ours.integrated_beta_at(k))
     a, b = (scheduler.step(eps, k, x).prev_sample for scheduler in schedulers)
-    torch.testing.assert_close(a[:, [0, 2]], b[:, [0, 2]], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(a[:, [0, 2]], b[:, [0, 2]], rtol=1e-4, atol=1e-5)
     assert a.isfinite().all()
 
 

@@ -358,12 +358,6 @@ class VSDMScheduler(ForwardProcess):
 
         return self._cached(("calls", device, dtype, self._first_index), make)
 
-    def _data_mean(self, like: Tensor) -> Tensor:
-        """The data's mean in the basis, beside samples like this one."""
-        assert self._drift is not None
-        mean = self._drift.data_mean
-        return self._cached(("mean", like.device, like.dtype), lambda: mean.to(like.device, like.dtype))
-
     # Sampling ------------------------------------------------------------------------------------------------
 
     def _prior_moments(self) -> tuple[Tensor, Tensor]:
@@ -489,8 +483,9 @@ class VSDMScheduler(ForwardProcess):
         if self._held is not None:
             values["held"] = self._held
         if call.velocity:
-            if self._drift is not None:
-                values["mean"] = self._data_mean(sample)
+            if (drift := self._drift) is not None:
+                key = ("mean", sample.device, sample.dtype)
+                values["mean"] = self._cached(key, lambda: drift.data_mean.to(sample.device, sample.dtype))
             values["velocity"] = combine(call.velocity, values)
         if self._solver.multistep:
             latest = call.extrapolated

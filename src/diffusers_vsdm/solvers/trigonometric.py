@@ -32,14 +32,14 @@ from .coefficients import Coefficients
 from .exponential import columns, moment_weights
 
 
-LEAST_VARIANCE = 1e-8  # of the largest: dimensions that do not vary take the limit v -> 0
+LEAST_VARIANCE = 1e-8  # of the largest, or of 1: dimensions that do not vary take the limit v -> 0
 QUADRATURE_POINTS = 12
 ORDER = 3  # of 1 to 4 the best one over problems and numbers of steps
 
 
 def trig(lam: Tensor, g: Tensor, g_next: Tensor, data_variance: Tensor) -> Coefficients:
     r"""Adams-Bashforth of order 3 in the angle $\theta$; `data_variance` broadcasts against `lam`."""
-    variance = data_variance.clamp(min=LEAST_VARIANCE * float(data_variance.max()))
+    variance = data_variance.clamp(min=LEAST_VARIANCE * (float(data_variance.max()) or 1.0))
     root = variance.sqrt()
 
     def angle(g: Tensor) -> Tensor:

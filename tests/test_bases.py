@@ -124,6 +124,23 @@ def test_sampling_with_the_exact_score_gives_the_data(solver, prediction_type):
         assert x.isfinite().all() and x.abs().max() < 30
 
 
+def test_trig_knows_the_basis_of_a_mean_alone():
+    """Neutral, the same variance everywhere, and a mean that is one frequency: the flow moves along its image."""
+    scheduler, drift = dct_scheduler(solver="trig")
+    drift.set_lambda(1.0)
+    drift.data_mean.zero_()[0, 1, 1] = 3.0
+    drift.data_variance.fill_(1.0)
+    image, basis = drift.basis().from_basis(drift.data_mean), drift.basis()
+    scheduler.set_timesteps(4)
+    x = start = torch.randn(2, *EVENT, dtype=torch.float64)
+    for k in scheduler.timesteps:
+        g = scheduler.integrated_beta_at(k)
+        a, s = (f(torch.ones(()).double(), g) for f in (process.mean_scale, process.std))
+        x = scheduler.step(s * (x - a * image), k, x).prev_sample  # V = 1
+    a = process.mean_scale(torch.ones(()).double(), scheduler.integrated_beta_at(scheduler.timesteps[0]))
+    torch.testing.assert_close(basis.to_basis(x), basis.to_basis(start + (1 - a) * image), rtol=1e-9, atol=1e-9)
+
+
 def test_marginal_prior_is_the_law_of_the_noised_data():
     scheduler, drift = dct_scheduler(prior_type="marginal")
     scheduler.set_timesteps(10)

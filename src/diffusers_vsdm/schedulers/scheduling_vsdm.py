@@ -214,7 +214,8 @@ class VSDMScheduler(ForwardProcess):
             return lam, torch.ones_like(lam)
         variance = self._drift.data_variance
         one = variance.flatten()[0]
-        if lam.ndim == 0 and (variance == one).all():
+        # a mean has its basis too
+        if lam.ndim == 0 and (variance == one).all() and not self._drift.data_mean.any():
             return lam, one
         return lam.reshape(lam.shape or [1] * variance.ndim), variance
 

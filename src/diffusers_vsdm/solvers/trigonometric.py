@@ -58,13 +58,11 @@ def trig(lam: Tensor, g: Tensor, g_next: Tensor, data_variance: Tensor) -> Coeff
         step = clock[i + 1] - clock[i]
         count = min(ORDER, max(1, i + 1 - from_noise))
         total = end[i] - start[i]
+        # by parts: of the angle itself, which is smoother than its rate
+        turned = [angle((clock[i] + point * step) ** 4) - start[i] for point in points] if count > 1 else []
         moments = [total]
         for k in range(1, count):
-            # by parts: of the angle itself, which is smoother than its rate
-            rest = sum(
-                share * point ** (k - 1) * (angle((clock[i] + point * step) ** 4) - start[i])
-                for point, share in zip(points, shares, strict=True)
-            )
+            rest = sum(w * p ** (k - 1) * t for w, p, t in zip(shares, points, turned, strict=True))
             moments.append(total - k * rest)
         nodes = [(clock[i - j] - clock[i]) / step for j in range(count)]
         weights.append([spread(g_next[i]) * w for w in moment_weights(nodes, moments)])

@@ -122,7 +122,6 @@ def files_of(commit: git.Commit) -> list[dict]:
 
 def make_app(folder: Path, address: str):
     store, app = Store(folder), Flask("hub")
-    log = folder / "requests.log"
 
     def user() -> str | None:
         token = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
@@ -135,11 +134,6 @@ def make_app(folder: Path, address: str):
         if user() != repo_id.split("/")[0]:
             raise Refusal(403 if user() else 401, "", "You don't have the rights to write there")
         return repo
-
-    @app.before_request
-    def note():
-        with open(log, "a") as file:
-            file.write(f"{request.method} {request.path}\n")
 
     @app.errorhandler(Refusal)
     def refuse(error: Refusal):

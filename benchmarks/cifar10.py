@@ -4,7 +4,7 @@
 
 Every run goes through `accelerate launch training/train_vsdm.py`, once without interruption and once with SIGKILL at
 random moments, resumed from the latest checkpoint each time; the files that both leave are compared. Writes
-`benchmarks/results/cifar10.json`, and the samples to `docs/cifar10_*.png`.
+`benchmarks/results/cifar10.json`. The pictures of the docs are those of `benchmarks.model_cards`, the same runs.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -96,8 +95,6 @@ def run(data: str, basis: str, folder: Path) -> dict[str, Any]:
     pipeline = VSDMPipeline.from_pretrained(killed)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(4, torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np").images
-    shutil.copy(killed / "samples.png", ROOT / "docs" / f"cifar10_{RUNS[basis]}.png")
-    shutil.copy(killed / "drift.png", ROOT / "docs" / f"cifar10_{RUNS[basis]}_drift.png")
     metrics = record["metrics"] | {
         "killed_after_checkpoint": kills,
         "resumed_is_identical": digests(whole) == digests(killed),

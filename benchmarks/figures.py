@@ -1,8 +1,6 @@
 """Draw the figures of the docs from the records in `benchmarks/results/`.
 
-    python -m benchmarks.figures
-
-`docs/spiral-8y.png` is `samples.png` of the README's `make demo`.
+python -m benchmarks.figures
 """
 
 import json

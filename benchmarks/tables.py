@@ -133,6 +133,16 @@ TABLES: dict[str, tuple] = {
             "in stochastic approximation, %": median("sa_share", 1, 100),
         },
     ),
+    "hub_speed": (
+        "hub_speed.json",
+        {
+            "MB": median("megabytes", 1),
+            "push, ms": median("push", 0, 1000),
+            "beside `upload_folder`": median("push_ratio", 2),
+            "cold load, ms": median("load", 0, 1000),
+            "beside `snapshot_download` and a load": median("load_ratio", 2),
+        },
+    ),
     "scheduler_speed": (
         "scheduler_speed.json",
         {

@@ -1,13 +1,41 @@
-"""The README's code runs as printed, and the tables are those of the records."""
+"""Code in the README, docs and model cards runs as printed, and what they say is what was recorded."""
 
+import json
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.tables import ROOT, documents, render
+from diffusers_vsdm import VSDMPipeline
+from diffusers_vsdm.hub.cards import render_card
 from diffusers_vsdm.trainer import TrainingConfig, train
-from diffusers_vsdm.trainer.report import write_report
+from diffusers_vsdm.trainer.report import evaluate, write_report
+
+
+CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
+LITTLE = {
+    "max_train_steps": 8,
+    "sa_stages": 2,
+    "sa_trajectories": 4,
+    "train_batch_size": 16,
+    "max_train_samples": 32,
+    "num_train_samples": 500,
+    "num_eval_samples": 50,
+    "eval_batch_size": 2,
+    "ddpm_num_inference_steps": 2,
+    "output_dir": "trained",
+}
+
+
+def name(path):
+    return path.relative_to(ROOT).as_posix()
 
 
 def blocks(path):
@@ -31,26 +59,45 @@ def workspace(tmp_path_factory):
     )
     config.prepare_output_dir()
     write_report(config, train(config))
+    (folder / "model_cards").symlink_to(ROOT / "model_cards")
     return folder
 
 
-@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*documents(), *CARDS], ids=name)
 def test_code_blocks_run_as_printed(path, workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     namespace = {"__name__": "__main__"}
     for block in blocks(path):
         exec(compile(block, str(path), "exec"), namespace)  # one after the other, as a reader would
-    if path.name == "README.md":
+    if path.parent == ROOT:
         assert len(namespace["samples"]) == 1000
         assert not torch.equal(namespace["drift"].lam, torch.ones(2))
 
 
-@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [ROOT / "README.md", *CARDS], ids=name)
+def test_training_commands_run_as_printed(path, tmp_path):
+    """In little: the same flags, and then fewer steps."""
+    (line,) = re.findall(r"^accelerate launch (.*)", path.read_text(), flags=re.MULTILINE)
+    data = os.environ.get("VSDM_TEST_DATA")
+    if "uoft-cs/cifar10" in line:
+        if not data:
+            pytest.skip("VSDM_TEST_DATA is not set: it names the folder that holds cifar10/")
+        (tmp_path / "uoft-cs").mkdir()
+        (tmp_path / "uoft-cs" / "cifar10").symlink_to(Path(data) / "cifar10")
+    (tmp_path / "training").symlink_to(ROOT / "training")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", *shlex.split(line)]
+    command += [f"--{key}={value}" for key, value in LITTLE.items()]
+    outcome = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    assert outcome.returncode == 0, outcome.stderr.decode()[-2000:]
+    assert VSDMPipeline.from_pretrained(tmp_path / "trained").unet is not None
+
+
+@pytest.mark.parametrize("path", documents(), ids=name)
 def test_tables_are_those_of_the_records(path):
     assert render(path.read_text()) == path.read_text(), "run `python -m benchmarks.tables`"
 
 
-@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*documents(), *CARDS], ids=name)
 def test_local_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
         assert (path.parent / target).exists(), target
@@ -58,6 +105,27 @@ def test_local_links_lead_somewhere(path):
 
 def test_every_flag_in_the_docs_exists():
     known = set(TrainingConfig.__dataclass_fields__) | {"num_processes", "help"}
-    for path in [*documents(), ROOT / "Makefile"]:
+    for path in [*documents(), *CARDS, ROOT / "Makefile"]:
         for line in re.findall(r"train_vsdm\.py((?:[^\n]|\\\n)*)", path.read_text()):
             assert set(re.findall(r"--(\w+)", line)) <= known, line
+
+
+@pytest.mark.parametrize("path", CARDS, ids=name)
+def test_cards_are_rendered_from_their_records(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = path.parent.relative_to(ROOT)
+    shutil.copytree(path.parent, folder)
+    (folder / "README.md").unlink()
+    render_card(folder, json.loads((folder / "metrics.json").read_text()))
+    assert (folder / "README.md").read_text() == path.read_text()
+
+
+@pytest.mark.parametrize("path", [path for path in CARDS if not path.parent.name.startswith("cifar10")], ids=name)
+def test_shipped_models_are_those_that_were_measured(path):
+    record = json.loads((path.parent / "metrics.json").read_text())
+    recorded = record["metrics"]
+    pipeline = VSDMPipeline.from_pretrained(path.parent)
+    measured, _ = evaluate(pipeline, record["config"]["dataset_name"], recorded["num_samples"], 99)
+    assert measured["w2_standardized"] == pytest.approx(recorded["w2_standardized"], abs=2e-3)
+    assert measured["straightness"] == pytest.approx(recorded["straightness"], rel=1e-2)
+    assert pipeline.scheduler.drift.lam.tolist() == recorded["lambda"]

@@ -1,5 +1,6 @@
 """Pushing and loading by name, against a server on loopback that speaks the Hub's protocol (`tests/hub_server.py`)."""
 
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from diffusers_vsdm import VSDMPipeline
+from diffusers_vsdm.hub.cards import render_card
 from diffusers_vsdm.hub.publishing import publish
 from diffusers_vsdm.trainer import TrainingConfig, train
 from diffusers_vsdm.trainer.report import write_report
@@ -179,6 +181,10 @@ def test_what_is_written_by_hand_survives(client, trained):
     publish(trained, "alice/card")
     final = ModelCard.load(client.hf_hub_download("alice/card", "README.md")).text
     assert final.endswith("By hand, after.\n\nWritten here.\n")
+
+    record = json.loads((trained / "metrics.json").read_text())
+    record["config"]["license"] = "bsd-3-clause"  # as if --license had been given
+    assert render_card(trained, record).data.license == "bsd-3-clause"
 
 
 def test_the_card_s_code_runs_as_printed(hub, client, trained, tmp_path):

@@ -1,10 +1,12 @@
 """Model cards, rendered from what was measured; what is written into them by hand stays."""
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Template
 
 from ..data import TOYS
 from ..files import write_atomically
@@ -29,7 +31,8 @@ def render_card(
     Args:
         folder: The model's folder.
         record: What `metrics.json` holds: `metrics`, `config`, `command` and `versions`.
-        repo_id: The repository that the card is for; without one its code names the folder.
+        repo_id: The repository that the card is for; without one its code names the folder, as seen from the working
+            directory.
         published: The card that is on the Hub.
     """
     metrics, config = record["metrics"], record["config"]
@@ -55,32 +58,36 @@ def render_card(
         ]
         or None,
     )
-    card = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        model_name=name,
-        location=repo_id or name,
-        is_toy=is_toy,
-        rows=rows,
-        **record,
-    )
+    location = repo_id or _location(folder)
+    card = ModelCard(_template().render(model_name=name, location=location, is_toy=is_toy, rows=rows, **record))
+    card.data = data
     path = folder / "README.md"
-    local = path.read_text() if path.exists() else None
-    if local and GENERATED.sub("", ModelCard(local).text) != GENERATED.sub("", card.text):
-        card = _merged(card, ModelCard(local), name)
-    elif old := published or local:
-        card = _merged(card, ModelCard(old), name)
+    old = ModelCard(path.read_text()) if path.exists() else None
+    if published and (old is None or GENERATED.sub("", old.text) == GENERATED.sub("", card.text)):
+        old = ModelCard(published)
+    if old is not None:
+        _merge(card, old, name, {"license": config["license"]} if config["license"] else {})
     write_atomically(path, str(card).encode())
     return card
 
 
-def _merged(new: ModelCard, old: ModelCard, name: str) -> ModelCard:
-    """The old card with the generated parts of the new one."""
-    parts = {match[1]: match[0] for match in GENERATED.finditer(new.text)}
+@functools.cache
+def _template() -> Template:
+    """Compiled once; that is half of rendering."""
+    return Template(TEMPLATE.read_text())
+
+
+def _location(folder: Path) -> str:
+    """What the card of a folder may say of its place: all of a path inside the working directory, or the last name."""
+    is_inside = not folder.is_absolute() and ".." not in folder.parts
+    return folder.as_posix() if is_inside else folder.resolve().name
+
+
+def _merge(card: ModelCard, old: ModelCard, name: str, stated: dict[str, Any]) -> None:
+    """Put the card's generated parts and results, and metadata that was stated, into the old one."""
+    parts = {match[1]: match[0] for match in GENERATED.finditer(card.text)}
     text = GENERATED.sub(lambda match: parts.get(match[1], ""), old.text)
-    if not GENERATED.search(old.text):
-        text = f"{old.text.rstrip()}\n{new.text}"
-    fresh, kept = new.data.to_dict(), old.data.to_dict()
+    card.text = text if GENERATED.search(old.text) else f"{old.text.rstrip()}\n{card.text}"
+    fresh, kept = card.data.to_dict(), old.data.to_dict()
     kept.pop("model-index", None)
-    data = ModelCardData(ignore_metadata_errors=True, **(fresh | {"model_name": name} | kept))
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+    card.data = ModelCardData(ignore_metadata_errors=True, **(fresh | {"model_name": name} | kept | stated))

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import EntryNotFoundError
 
 from .cards import render_card
 
@@ -69,9 +70,10 @@ def publish(
     api = HfApi(token=token)
     metrics = folder / "metrics.json"
     if metrics.is_file():
-        published_card = None
-        if api.file_exists(repo_id, "README.md", revision=revision):
+        try:
             published_card = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text()
+        except EntryNotFoundError:
+            published_card = None
         render_card(folder, json.loads(metrics.read_text()), repo_id, published_card)
     commit = api.upload_folder(
         repo_id=repo_id,

@@ -1,0 +1,66 @@
+"""Train the pipelines in `model_cards/`, those of the commands in the docs.
+
+    python -m benchmarks.model_cards --data FOLDER     # a folder with CIFAR-10 as on the Hub, or `uoft-cs/cifar10`
+    python -m benchmarks.model_cards checkerboard-6x   # one of them
+
+Each folder is what `training/train_vsdm.py` leaves, by the command that its card names; images have their weights
+halved. Every run has a process and one thread of its own.
+"""
+
+import argparse
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+from .cifar10 import FLAGS
+from .tables import ROOT
+
+
+CIFAR10 = "uoft-cs/cifar10"
+IMAGES = {name: FLAGS[name] for name in FLAGS if "checkpoint" not in name} | {"dataset_name": CIFAR10}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "cifar10-pixels": IMAGES,
+    "cifar10-frequencies": IMAGES | {"basis": "dct"},
+    "spiral-8y": {"dataset_name": "spiral-8y", "standardize": True},
+    "spiral-8y-sgm": {"dataset_name": "spiral-8y", "standardize": True, "baseline": "sgm"},
+    "checkerboard-6x": {"dataset_name": "checkerboard-6x", "standardize": True},
+}
+
+
+def make(job: tuple[str, str]) -> None:
+    """Train one; runs in its own process."""
+    name, data = job
+    import torch
+
+    from diffusers_vsdm.trainer import TrainingConfig, train
+    from diffusers_vsdm.trainer.report import write_report
+
+    torch.set_num_threads(1)
+    settings = CONFIGURATIONS[name] | {"output_dir": f"model_cards/{name}", "overwrite_output_dir": True}
+    config = TrainingConfig(**settings)
+    folder = config.prepare_output_dir()
+    is_copy = not config.is_toy and Path(data).is_dir()
+    result = train(TrainingConfig(**settings | {"train_data_dir": data, "dataset_name": ""}) if is_copy else config)
+    record = write_report(config, result)
+    if not config.is_toy:
+        result.pipeline.to(torch.float16).save_pretrained(folder)
+    print(name, record["metrics"], flush=True)
+
+
+def main() -> None:
+    """Train those that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[*CONFIGURATIONS, []], default=[])
+    parser.add_argument("--data", default=CIFAR10)
+    arguments = parser.parse_args()
+    data = str(Path(arguments.data).resolve()) if Path(arguments.data).is_dir() else arguments.data
+    os.chdir(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    jobs = [(name, data) for name in arguments.names or CONFIGURATIONS]
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+        pool.map(make, jobs, chunksize=1)
+
+
+if __name__ == "__main__":
+    main()

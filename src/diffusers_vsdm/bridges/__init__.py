@@ -1,0 +1,6 @@
+"""Schrödinger bridges: processes with both ends given."""
+
+from .gaussian import GaussianSchrodingerBridge
+
+
+__all__ = ["GaussianSchrodingerBridge"]

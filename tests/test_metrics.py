@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from diffusers_vsdm.metrics.transport import straightness, wasserstein2
+from diffusers_vsdm.metrics.transport import (
+    normalized_path_energy,
+    path_energy,
+    pmf_distance,
+    sliced_wasserstein1,
+    straightness,
+    wasserstein2,
+)
 
 
 def paths(function, n=101):
@@ -74,3 +81,46 @@ def test_bad_samples():
         wasserstein2(torch.full((5, 2), float("nan")), torch.zeros(5, 2))
     with pytest.raises(ValueError, match="do not match"):
         wasserstein2(torch.zeros(5, 2), torch.zeros(5, 3))
+
+
+def test_energy_of_straight_lines_is_their_squared_length():
+    straight = paths(lambda t, x: x + t * torch.tensor([3.0, -4.0]).double())
+    assert path_energy(straight, 0.01) == pytest.approx(25)
+    assert normalized_path_energy(straight, 0.01) < 1e-9
+
+
+def test_energy_of_a_detour():
+    """A half circle: the same ends, and pi^2 / 4 times the energy."""
+
+    def half_circle(t, x):
+        angle = math.pi * torch.as_tensor(t)
+        return x + torch.stack([1 - angle.cos(), angle.sin()])
+
+    assert normalized_path_energy(paths(half_circle, 1001), 0.001) == pytest.approx(math.pi**2 / 4 - 1, rel=1e-3)
+
+
+def test_energy_sees_the_clock():
+    uneven = paths(lambda t, x: x + t**2 * torch.tensor([1.0, 0.0]).double(), 2001)
+    assert path_energy(uneven, 1 / 2000) == pytest.approx(4 / 3, rel=1e-3)
+    with pytest.raises(ValueError, match="step"):
+        path_energy(uneven, 0.0)
+
+
+def test_sliced_distance_of_a_shift():
+    """The mean over directions of |<direction, shift>|: 2 |shift| / pi in the plane."""
+    x = torch.randn(400, 2)
+    value = sliced_wasserstein1(x[torch.randperm(400)] + torch.tensor([3.0, -4.0]), x, num_projections=5000)
+    assert value == pytest.approx(10 / math.pi, rel=0.03)
+
+
+def test_pmf_distance_of_disjoint_and_equal_laws():
+    x = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
+    assert pmf_distance(x, x, bins=10) == 0
+    # a half in each of two cells against a half in each of two others
+    assert pmf_distance(x * torch.tensor([1.0, -1.0]), x, bins=10) == pytest.approx((4 * 0.25 / 100) ** 0.5)
+    one, other = torch.randn(2, 5000, 2)
+    assert pmf_distance(one, other) == pytest.approx((2 / 5000) ** 0.5 / 100, rel=0.1)
+    far = one + torch.tensor([100.0, 0.0])
+    assert pmf_distance(far, other) > 3 * pmf_distance(one, other)
+    with pytest.raises(ValueError, match="plane"):
+        pmf_distance(torch.zeros(3, 3), torch.zeros(3, 3))

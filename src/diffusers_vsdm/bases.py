@@ -5,6 +5,7 @@ In the coordinates $U^T x$ the process, its prior and every solver are elementwi
 - `identity`: the coordinates as they are, the paper's choice for images.
 - `dct`: the two-dimensional cosine basis times a rotation of the channels. Image statistics differ by frequency and
   between brightness and colour, not between pixels.
+- `dense`: any rotation of a vector, stored as a matrix; for low dimensions.
 
 References:
     Ahmed, Natarajan, Rao (1974), "Discrete Cosine Transform", IEEE Transactions on Computers.
@@ -38,6 +39,25 @@ class IdentityBasis:
     def from_basis(self, x: Tensor) -> Tensor:
         """`x`."""
         return x
+
+
+@dataclass(frozen=True)
+class RotatedBasis:
+    """A rotation of vectors.
+
+    Args:
+        rotation (`Tensor`): Orthogonal, `(d, d)`; its rows are the new axes.
+    """
+
+    rotation: Tensor
+
+    def to_basis(self, x: Tensor) -> Tensor:
+        """Coordinates `(..., d)` along the new axes."""
+        return x @ self.rotation.mT
+
+    def from_basis(self, x: Tensor) -> Tensor:
+        """The vector of such coordinates."""
+        return x @ self.rotation
 
 
 @dataclass(frozen=True)
@@ -76,9 +96,13 @@ def cosine_matrix(n: int) -> Tensor:
     return matrix
 
 
-def principal_axes(data: Tensor) -> Tensor:
-    """Principal axes of the channels of images `(n, C, H, W)`, widest first, as rows: `(C, C)` in float64."""
-    channels = data.double().transpose(0, 1).flatten(1)
-    axes = torch.linalg.eigh(torch.atleast_2d(channels.cov())).eigenvectors.flip(1).T
+def channel_covariance(data: Tensor) -> Tensor:
+    """Covariance of the channels of images `(n, C, H, W)`: `(C, C)` in float64."""
+    return torch.atleast_2d(data.double().transpose(0, 1).flatten(1).cov())
+
+
+def principal_axes(covariance: Tensor) -> Tensor:
+    """Eigenvectors of a covariance `(d, d)`, widest first, as rows."""
+    axes = torch.linalg.eigh(covariance).eigenvectors.flip(1).T
     # an eigenvector has no sign of its own: let the larger part be positive
     return axes * torch.where(axes.sum(1, keepdim=True) < 0, -1.0, 1.0)

@@ -13,13 +13,21 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .bases import Basis, CosineBasis, IdentityBasis, cosine_matrix, principal_axes
+from .bases import (
+    Basis,
+    CosineBasis,
+    IdentityBasis,
+    RotatedBasis,
+    channel_covariance,
+    cosine_matrix,
+    principal_axes,
+)
 from .files import write_atomically
 from .statistics import Moments, Statistics, as_batches
 
 
-BASES = ("identity", "dct")
-AVERAGES = ("polyak", "ema")
+BASES = ("identity", "dct", "dense")
+AVERAGES = ("polyak", "ema", "last")
 LAMBDA_RANGE = (1e-8, 1e8)  # a step cannot leave it: lambda stays positive in any precision
 
 
@@ -30,22 +38,31 @@ class AdaptiveDiagonalDrift(Statistics):
     holds statistics and not weights: all tensors are float64 on the CPU, whatever `.to(...)` is asked for, and are
     cast where they are used.
 
+    In the `dense` basis the drift is any symmetric positive definite matrix $D = U \mathrm{diag}(\lambda) U^T$ (the
+    general transport of appendix D.1, whose antisymmetric part vanishes where the marginals match), and its axes are
+    learned too; $\lambda$ and the data's moments are always in the axes of the moment. With `num_times` the axes stay
+    those of the data.
+
     Args:
         event_shape (`tuple[int, ...]`): Shape of one sample, `(d,)` or `(C, H, W)`.
         lambda_shape (`tuple[int, ...]`, *optional*): Shape of $\lambda$. It has as many dimensions as `event_shape`
             and broadcasts to it: `(1, 1, 1)`, `(C, 1, 1)` or `(C, H, W)` for images. Defaults to `event_shape`.
         basis (`str`, defaults to `"identity"`): Orthonormal basis in which the drift is diagonal: `"identity"`, or
-            `"dct"` for images; see [`bases`].
+            `"dct"` for images, or `"dense"` for vectors; see [`bases`].
+        num_times (`int`, *optional*): One $\lambda$ for each of so many training times, that between $g_{k-1}$ and
+            $g_k$ for the k-th. Defaults to one for all (Corollary 1).
         ema_decay (`float`, defaults to 0.9): Weight of the past in the exponential moving average, in [0, 1).
         averaging_power (`float`, defaults to 3.0): The iterate $\lambda_k$ enters the Polyak-Ruppert average with
             weight $(1 + p)/(k + p)$. 0 is the plain mean of section 4.3; larger values forget the start, as $k^p$
             (Shamir and Zhang 2013).
 
     Attributes (buffers, also the keys of the file):
-        lam, lam_polyak, lam_ema: The current $\lambda$ and its two averages, shape `lambda_shape`.
+        lam: The current $\lambda$, shape `lambda_shape`, or `(num_times, *lambda_shape)`.
+        lam_polyak, lam_ema: Its two averages, in the same shape; where the axes turn those of D itself, `(d, d)`.
         num_updates: Number of updates so far.
         data_mean, data_variance: Moments of the (normalised) data in the drift's basis, shape `event_shape`.
-        rotation: With the `dct` basis, its rotation of the channels, shape `(C, C)`.
+        rotation: With the `dct` basis its rotation of the channels, `(C, C)`; with `dense` the axes as rows, `(d, d)`.
+        data_covariance: With `dense`, of the data along the axes, `(d, d)`.
 
     References:
         Deng et al. (2024), "Variational Schrödinger Diffusion Models", sections 4.1 to 4.3.
@@ -59,6 +76,7 @@ class AdaptiveDiagonalDrift(Statistics):
     data_mean: Tensor
     data_variance: Tensor
     rotation: Tensor
+    data_covariance: Tensor
 
     @register_to_config
     def __init__(
@@ -68,6 +86,7 @@ class AdaptiveDiagonalDrift(Statistics):
         basis: str = "identity",
         ema_decay: float = 0.9,
         averaging_power: float = 3.0,
+        num_times: int | None = None,
     ):
         super().__init__()
         event_shape = tuple(event_shape)
@@ -85,19 +104,30 @@ class AdaptiveDiagonalDrift(Statistics):
             raise ValueError(f"`basis` must be one of {BASES}, got {basis!r}.")
         if basis == "dct" and len(event_shape) != 3:
             raise ValueError(f"`basis` 'dct' is for images (channels, height, width), not for events {event_shape}.")
+        if basis == "dense" and (len(event_shape) != 1 or lambda_shape != event_shape):
+            raise ValueError(
+                f"`basis` 'dense' is for vectors (d,) with a lambda for each, got events {event_shape} and"
+                f" `lambda_shape` {lambda_shape}."
+            )
+        if num_times is not None and num_times < 1:
+            raise ValueError(f"`num_times` must be positive or None, got {num_times}.")
         if not 0 <= ema_decay < 1:
             raise ValueError(f"`ema_decay` must lie in [0, 1), got {ema_decay}.")
         if not averaging_power >= 0:
             raise ValueError(f"`averaging_power` must not be negative, got {averaging_power}.")
         # JSON has no tuples; the same types before saving and after loading
         self.register_to_config(event_shape=list(event_shape), lambda_shape=list(lambda_shape))
-        for name in ("lam", "lam_polyak", "lam_ema"):
-            self.register_buffer(name, torch.ones(lambda_shape, dtype=torch.float64))
+        start = torch.ones(lambda_shape if num_times is None else (num_times, *lambda_shape), dtype=torch.float64)
+        self.register_buffer("lam", start)
+        for name in ("lam_polyak", "lam_ema"):
+            self.register_buffer(name, torch.diag(start) if self.turns else start.clone())
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("data_mean", torch.zeros(event_shape, dtype=torch.float64))
         self.register_buffer("data_variance", torch.ones(event_shape, dtype=torch.float64))
-        if basis == "dct":
+        if basis != "identity":
             self.register_buffer("rotation", torch.eye(event_shape[0], dtype=torch.float64))
+        if basis == "dense":
+            self.register_buffer("data_covariance", torch.eye(event_shape[0], dtype=torch.float64))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         return self  # float64 has no place on some devices
@@ -108,6 +138,26 @@ class AdaptiveDiagonalDrift(Statistics):
         return tuple(self.data_mean.shape)
 
     @property
+    def lambda_shape(self) -> tuple[int, ...]:
+        r"""Shape of $\lambda$ at one time."""
+        return tuple(self.config["lambda_shape"])
+
+    @property
+    def num_times(self) -> int | None:
+        r"""Number of training times with a $\lambda$ of their own; None if it does not vary."""
+        return self.config["num_times"]
+
+    @property
+    def turns(self) -> bool:
+        """Whether the axes are learned."""
+        return self.config["basis"] == "dense" and self.num_times is None
+
+    @property
+    def matrix(self) -> Tensor:
+        r"""$D = U \mathrm{diag}(\lambda) U^T$ in the samples' own coordinates, `(d, d)`; where the axes turn."""
+        return self.rotation.T @ (self.lam[:, None] * self.rotation)
+
+    @property
     def is_neutral(self) -> bool:
         r"""Whether $\lambda = 1$ everywhere, so that the process is that of DDPM."""
         return bool((self.lam == 1).all())
@@ -116,6 +166,8 @@ class AdaptiveDiagonalDrift(Statistics):
         """The change of coordinates between samples and the basis, on a device and in a type."""
         if self.config["basis"] == "identity":
             return IdentityBasis()
+        if self.config["basis"] == "dense":
+            return RotatedBasis(self.rotation.to(device, dtype))
         matrices = (self.rotation, cosine_matrix(self.event_shape[1]), cosine_matrix(self.event_shape[2]))
         return CosineBasis(*(matrix.to(device, dtype) for matrix in matrices))
 
@@ -123,70 +175,133 @@ class AdaptiveDiagonalDrift(Statistics):
         r"""Set $\lambda$ and restart its averages there; `num_updates` is left as it is.
 
         Args:
-            value (`float` or `Tensor`): Positive and finite, broadcastable to `lambda_shape`.
+            value (`float` or `Tensor`): Positive and finite, broadcastable to `lam`. Where the axes turn, also the
+                matrix D in the samples' own coordinates, `(d, d)`, symmetric and positive definite.
         """
         value = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
-        if not (torch.isfinite(value) & (value > 0)).all():
+        is_matrix = self.turns and value.ndim == 2
+        values = torch.linalg.eigvalsh(value) if is_matrix else value
+        if not (torch.isfinite(values) & (values > 0)).all():
             raise ValueError(f"`value` must be positive and finite in every entry, got {value.tolist()}.")
         try:
-            value = value.expand(self.lam.shape)
+            value = value.expand(self.matrix.shape if is_matrix else self.lam.shape)
         except RuntimeError as error:
             raise ValueError(
                 f"`value` of shape {tuple(value.shape)} does not broadcast to the drift's lambda of shape"
                 f" {tuple(self.lam.shape)}."
             ) from error
-        for buffer in (self.lam, self.lam_polyak, self.lam_ema):
-            buffer.copy_(value)
+        if is_matrix:
+            self._diagonalize(self.rotation @ value @ self.rotation.T)
+        else:
+            self.lam.copy_(value)
+        for buffer in (self.lam_polyak, self.lam_ema):
+            buffer.copy_(self._averaged())
 
     def step(self, direction: Tensor, step_size: float) -> None:
         r"""One update, $\log \lambda \mathrel{+}= \eta \, d$ with $d$ the `direction`, then both averages.
 
-        A step on the logarithm is free of scale and keeps $\lambda$ positive.
+        A step on the logarithm is free of scale and keeps $\lambda$ positive. Where the axes turn the direction is a
+        symmetric matrix along the axes, and the step $D \leftarrow D^{1/2} e^{\eta d} D^{1/2}$, diagonalised again.
         """
-        if direction.shape != self.lam.shape:
-            raise ValueError(f"`direction` has shape {tuple(direction.shape)}, lambda has {tuple(self.lam.shape)}.")
-        if not torch.isfinite(direction).all() or not math.isfinite(step_size):
-            raise ValueError("`direction` and `step_size` must be finite.")
-        self.lam.mul_(torch.exp(step_size * direction.detach().to(self.lam))).clamp_(*LAMBDA_RANGE)
+        self._check_update("direction", direction)
+        if not math.isfinite(step_size):
+            raise ValueError(f"`step_size` must be finite, got {step_size}.")
+        change = step_size * direction.detach().to(self.lam)
+        if self.turns:
+            root = self.lam.sqrt()
+            self.move_to(root[:, None] * torch.linalg.matrix_exp(change) * root)
+        else:
+            self.move_to((self.lam * torch.exp(change)).clamp(*LAMBDA_RANGE))
+
+    def move_to(self, value: Tensor) -> None:
+        r"""One update to a new $\lambda$ (along the axes: where they turn, D as a symmetric matrix), and both averages.
+
+        Values that are not positive end at a bound near 0.
+        """
+        self._check_update("value", value)
+        if self.turns:
+            self._diagonalize(value.detach().to(self.lam))
+        else:
+            self.lam.copy_(value)
+        self.lam.clamp_(*LAMBDA_RANGE)
         self.num_updates += 1
         power = self.config["averaging_power"]
-        self.lam_polyak.lerp_(self.lam, (1 + power) / (int(self.num_updates) + power))
-        self.lam_ema.lerp_(self.lam, 1 - self.config["ema_decay"])
+        self.lam_polyak.lerp_(self._averaged(), (1 + power) / (int(self.num_updates) + power))
+        self.lam_ema.lerp_(self._averaged(), 1 - self.config["ema_decay"])
 
     def average(self, which: str = "polyak") -> Tensor:
-        r"""A copy of an average of the iterates, `"polyak"` or `"ema"` (section 4.3)."""
+        r"""A copy of an average of the iterates, `"polyak"` or `"ema"` (section 4.3), or of the `"last"` one.
+
+        Where the axes turn it is that of D, `(d, d)` in the samples' own coordinates.
+        """
         if which not in AVERAGES:
             raise ValueError(f"`which` must be one of {AVERAGES}, got {which!r}.")
-        return getattr(self, f"lam_{which}").clone()
+        return self._averaged().clone() if which == "last" else getattr(self, f"lam_{which}").clone()
+
+    def _averaged(self) -> Tensor:
+        """What the averages are taken of."""
+        return self.matrix if self.turns else self.lam
+
+    def _check_update(self, name: str, value: Tensor) -> None:
+        shape = self.lam_polyak.shape  # of D where the axes turn
+        if value.shape != shape:
+            raise ValueError(f"`{name}` has shape {tuple(value.shape)}, it must be {tuple(shape)}.")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"`{name}` must be finite.")
+
+    def _diagonalize(self, matrix: Tensor) -> None:
+        """Turn the axes to the eigenvectors of a matrix that is given along the present ones."""
+        values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+        # each axis keeps its rank and its sense, so that lambda can be followed over the updates
+        ranks = self.lam.argsort(stable=True).argsort()
+        values, vectors = values[ranks], vectors[:, ranks]
+        turn = (vectors * torch.where(vectors.diagonal() < 0, -1.0, 1.0)).T
+        self.lam.copy_(values)
+        self.rotation.copy_(turn @ self.rotation)
+        self.data_mean.copy_(turn @ self.data_mean)
+        self.data_covariance.copy_(turn @ self.data_covariance @ turn.T)
+        self.data_variance.copy_(self.data_covariance.diagonal())
 
     def fit_moments(self, data: Tensor | Iterable[Tensor]) -> None:
         """Set the data's moments from samples of shape `(n, *event_shape)`, or from batches of them.
 
-        In the `dct` basis the channels are first turned to their principal axes, those of the first batch, so lambda
-        must still be neutral.
+        The axes of the `dense` basis are turned to the data's principal ones, and in the `dct` basis the channels to
+        theirs in the first batch, so lambda must still be neutral.
 
         Raises:
             ValueError: The samples have another shape, are fewer than two or not finite; or lambda is not neutral.
         """
-        if self.config["basis"] == "dct" and not self.is_neutral:
+        if self.config["basis"] != "identity" and not self.is_neutral:
             raise ValueError(
                 "The moments turn the basis, so fit them before lambda is learned: it would change meaning."
             )
-        moments = Moments(self._in_basis(as_batches(data)))
+        if self.config["basis"] == "dense":
+            moments = Moments(self._checked(as_batches(data)), full=True)
+            axes = principal_axes(moments.covariance())
+            self.rotation.copy_(axes)
+            self.data_mean.copy_(axes @ moments.mean)
+            self.data_covariance.copy_(axes @ moments.covariance() @ axes.T)
+            self.data_variance.copy_(self.data_covariance.diagonal())
+            return
+        moments = Moments(self._in_basis(self._checked(as_batches(data))))
         mean, variance = moments.pooled(self.event_shape)
         self.data_mean.copy_(mean)
         self.data_variance.copy_(variance)
 
-    def _in_basis(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Batches in float64 and in the basis, whose channels the first of them turns."""
-        for i, batch in enumerate(batches):
+    def _checked(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Batches in float64, of the right shape."""
+        for batch in batches:
             if tuple(batch.shape[1:]) != self.event_shape:
                 raise ValueError(
                     f"`data` must have shape (n, {', '.join(map(str, self.event_shape))}), got {tuple(batch.shape)}."
                 )
-            batch = batch.detach().to("cpu", torch.float64)
+            yield batch.detach().to("cpu", torch.float64)
+
+    def _in_basis(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Batches in the basis, whose channels the first of them turns."""
+        for i, batch in enumerate(batches):
             if i == 0 and self.config["basis"] == "dct":
-                self.rotation.copy_(principal_axes(batch))
+                self.rotation.copy_(principal_axes(channel_covariance(batch)))
             yield self.basis().to_basis(batch)
 
     def version(self) -> Hashable:
@@ -200,7 +315,8 @@ class AdaptiveDiagonalDrift(Statistics):
 
     def to_bytes(self) -> bytes:
         """The drift as one safetensors file, its configuration in the metadata; equal drifts give equal bytes."""
-        config = {name: self.config[name] for name in sorted(self._get_init_keys(type(self)) - {"self"})}
+        names = sorted(self._get_init_keys(type(self)) - {"self"})
+        config = {name: self.config[name] for name in names if self.config[name] is not None}
         return safetensors.torch.save(self.state_dict(), metadata={"config": json.dumps(config, sort_keys=True)})
 
     def digest(self) -> str:
@@ -229,7 +345,8 @@ class AdaptiveDiagonalDrift(Statistics):
             raise ValueError(
                 f"The drift file {path} is damaged or is not a drift ({error}). Download or save it again."
             ) from error
-        positive = (drift.lam, drift.lam_polyak, drift.lam_ema)
+        averages = (drift.lam_polyak, drift.lam_ema)
+        positive = (drift.lam, *(b.diagonal() if drift.turns else b for b in averages))
         if not all((b > 0).all() for b in positive) or not all(torch.isfinite(b).all() for b in drift.buffers()):
             raise ValueError(
                 f"The drift file {path} holds values that are not finite, or a lambda that is not positive."

@@ -82,6 +82,40 @@ def conditional_score(eps: Tensor, s: Tensor) -> Tensor:
     return -eps / s
 
 
+# Rates that vary in time -------------------------------------------------------------------------------------
+
+
+def piecewise_scales(lam: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    r"""$\log a_k$ and $s_k^2$ for a rate that is $\lambda_k$ while $g$ goes from $g_{k-1}$ to $g_k$, with $g_{-1} = 0$.
+
+    The variance obeys $s_k^2 = e^{-\lambda_k \Delta g} s_{k-1}^2 + (1 - e^{-\lambda_k \Delta g}) / \lambda_k$. (Eq. 14's
+    matrix exponential is for a constant drift.)
+
+    Args:
+        lam: `(N, *shape)`.
+        g: Increasing, `(N,)`.
+
+    Returns:
+        Both of shape `(N, *shape)`.
+    """
+    steps = torch.diff(g, prepend=g.new_zeros(1)).reshape(-1, *[1] * (lam.ndim - 1))
+    s2, rows = torch.zeros_like(lam[0]), []
+    for rate, step in zip(lam, steps, strict=True):
+        s2 = mean_scale(rate, step) ** 2 * s2 + variance(rate, step)
+        rows.append(s2)
+    return torch.cumsum(mean_scale(lam, steps).log(), 0), torch.stack(rows)
+
+
+def at_unit_rate(log_a: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The process with $\lambda = 1$ that has these signal-to-noise ratios: its $g$, and $c$ with $x_t = c_t y_t$.
+
+    $y$ is that process, $g = \log(1 + s^2 / a^2)$ and $c = \sqrt{a^2 + s^2}$. So a formula for constant rates serves
+    any, in the coordinates $x / c$.
+    """
+    log_noise = s2.log() - 2 * log_a
+    return torch.logaddexp(torch.zeros_like(log_noise), log_noise), (torch.exp(2 * log_a) + s2).sqrt()
+
+
 # Prior -------------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +152,17 @@ def ancestral_step(lam: Tensor, g: Tensor, g_next: Tensor, x: Tensor, score: Ten
     """
     step = g - g_next
     return (x + variance(lam, step) * score) / mean_scale(lam, step), posterior(lam, g, g_next)[2]
+
+
+def gaussian_posterior_variance(lam: Tensor, g: Tensor, g_next: Tensor, data_variance: Tensor) -> Tensor:
+    r"""Variance of $x_r$ given $x_t$ alone, for Gaussian data: the [`posterior`]'s, and what $x_0$ still varies by.
+
+    With it a chain of [`ancestral_step`]s with the score of Gaussian data has the exact law after any number of steps.
+    The posterior's own is for data that are a point, and $s_{t|r}^2$ the limit of wide data.
+    """
+    _, on_x0, least = posterior(lam, g, g_next)
+    a2, s2 = mean_scale(lam, g) ** 2, variance(lam, g)
+    return least + on_x0**2 * data_variance * s2 / (a2 * data_variance + s2)
 
 
 def ode_drift(lam: Tensor, x: Tensor, score: Tensor) -> Tensor:

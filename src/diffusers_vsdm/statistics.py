@@ -17,30 +17,37 @@ class Moments:
 
     Args:
         batches: Tensors `(n, *event_shape)`, or one such tensor; they hold two samples or more altogether.
+        full: Whether to keep all products of the deviations, for [`covariance`]; of vectors only.
 
     Attributes:
         count: Number of samples.
         mean: Shape `event_shape`.
-        squares: Sum of squared deviations from the mean, shape `event_shape`.
+        squares: Sum of squared deviations from the mean, shape `event_shape`; if `full`, of their products `(d, d)`.
 
     Raises:
         ValueError: Fewer than two samples, or values that are not finite.
     """
 
-    def __init__(self, batches: Tensor | Iterable[Tensor]):
+    def __init__(self, batches: Tensor | Iterable[Tensor], full: bool = False):
         self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
         for batch in as_batches(batches):
             batch = batch.detach().to("cpu", torch.float64)
             mean = batch.mean(0)
-            squares = (batch - mean).square().sum(0)
+            deviations = batch - mean
+            squares = deviations.mT @ deviations if full else deviations.square().sum(0)
             if not torch.isfinite(squares).all():
                 raise ValueError("The data hold NaN or infinite values: remove them.")
             delta, total = mean - self.mean, self.count + len(batch)
+            shift = torch.outer(delta, delta) if full else delta.square()
             self.mean = self.mean + delta * (len(batch) / total)
-            self.squares = self.squares + squares + delta.square() * (self.count * len(batch) / total)
+            self.squares = self.squares + squares + shift * (self.count * len(batch) / total)
             self.count = total
         if self.count < 2:
             raise ValueError(f"Two samples or more are needed, got {self.count}.")
+
+    def covariance(self) -> Tensor:
+        """Unbiased covariance of vectors, `(d, d)`; for `full` moments."""
+        return self.squares / (self.count - 1)
 
     def pooled(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Mean and unbiased variance with dimensions pooled where `shape` is 1, each of that shape."""

@@ -11,10 +11,22 @@ automatic differentiation. At the $A$ that the trajectories were simulated with,
 
 All of it in the coordinates of the drift's basis. Averaged over time with weight $\beta \, dt = dg$, the step is
 $\log \lambda \mathrel{+}= \eta_k \cdot$ gradient: descending in $A$ is ascending in $\lambda = 1 - 2A$. The step sizes
-are $\eta_k = a / (k^\alpha + b)$ (assumption A5).
+are $\eta_k = a / (k^\alpha + b)$ (assumption A5). Where the drift's axes are learned (`basis="dense"`) the moments are
+matrices and the gradient is the symmetric part of theirs.
+
+`update="ipf"` takes the minimiser of that loss at $\zeta = 1$ instead of a step,
+
+$$ A \leftarrow A - (1 + E[\mathrm{score}_i x_i]) / E[x_i^2] , $$
+
+which for a drift with a $\lambda$ at each time and Gaussian laws is iterative proportional fitting:
+$A_t \leftarrow A_t + \Sigma_f^{-1} - \Sigma_b^{-1}$, with the covariances of the forward process and of the backward one that
+starts at the prior. It arrives at the Schrödinger bridge. The simulated steps then have the noise of Gaussian data
+([`process.gaussian_posterior_variance`]), since any error of their variance would count as a difference of laws. Steps along the gradient, at $\zeta = 1$ and one for each time,
+stop at the first drift that carries the data to the prior; at $\zeta < 1$ they stop nowhere.
 
 References:
     Deng et al. (2024), "Variational Schrödinger Diffusion Models", sections 4.1, 4.3 and 5.
+    De Bortoli et al. (2021), "Diffusion Schrödinger Bridge with Applications to Score-Based Generative Modeling": IPF.
 """
 
 import warnings
@@ -26,13 +38,12 @@ import torch
 from torch import Tensor
 
 from . import process
+from .discrete import DiscreteProcess
 from .drift import AdaptiveDiagonalDrift
 
 
-GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
-    "divergence": lambda score_x, x_x, a, zeta: score_x + zeta,
-    "inner_product": lambda score_x, x_x, a, zeta: 1 + zeta * score_x + (1 - zeta) * a * x_x,
-}
+GRADIENTS = ("divergence", "inner_product")
+UPDATES = ("gradient", "ipf")
 # what a posterior step may cover: with longer ones the simulated moments drift
 STEPS_PER_G = 13.25
 SIMULATION_PRIORS = ("standard", "conditional", "marginal")
@@ -44,12 +55,15 @@ ScoreFunction = Callable[[Tensor, int], Tensor]
 class StageOutput:
     r"""What one stage of stochastic approximation saw and did; tensors have the shape of $\lambda$.
 
+    Where the drift's axes turn, moments and gradient are matrices `(d, d)` along the axes before the stage.
+
     Attributes:
         lam: $\lambda$ after the stage.
-        score_x: $\int E[\mathrm{score}_i x_i] dg / \int dg$ along the backward trajectories.
-        x_x: $\int E[x_i^2] dg / \int dg$.
-        gradient: The clipped gradient that was stepped along.
-        step_size: $\eta_k$.
+        score_x: $\int E[\mathrm{score}_i x_i] dg / \int dg$ along the backward trajectories; where $\lambda$ varies in time,
+            $E[\mathrm{score}_i x_i]$ at each time.
+        x_x: The same of $E[x_i^2]$.
+        gradient: The clipped gradient.
+        step_size: $\eta_k$; 1 for IPF.
         skipped: Whether the moments were not finite, so that $\lambda$ stayed as it was.
     """
 
@@ -73,11 +87,14 @@ class StochasticApproximation:
         integrated_beta (`Tensor`): $g_k$ at the training times `k = 0..N-1`, increasing, shape `(N,)`.
         zeta (`float`, defaults to 0.75): The $\zeta$ of Eq. 6, in (0, 1].
         zeta_placement (`str`, defaults to `"divergence"`): Where $\zeta$ stands, see above.
+        update (`str`, defaults to `"gradient"`): `"gradient"` for a Robbins-Monro step on the logarithm, `"ipf"` for the
+            minimiser, see above.
         prior (`str`, defaults to `"standard"`): Law of the trajectories' start: `"standard"` N(0, I), `"conditional"`
             $N(0, s_T^2)$ or `"marginal"` $N(a_T m, a_T^2 v + s_T^2)$. Only the first restrains $\lambda$ at zeta < 1.
         num_trajectories (`int`, defaults to 512): Trajectories in a stage.
         num_steps (`int`, *optional*): Steps of a trajectory, at most N; evenly spaced training times. Defaults to
-            about 13 for each unit of $g_T$ (50 for the power law up to beta_max 10, 99 for 20).
+            about 13 for each unit of $g_T$ (50 for the power law up to beta_max 10, 99 for 20); N, and no less, where
+            $\lambda$ varies in time.
         batch_size (`int`, *optional*): Trajectories simulated at once. Defaults to all of them.
         step_scale, step_offset, step_power (`float`): $a$, $b$ and $\alpha$ of $\eta_k = a / (k^\alpha + b)$.
         clip (`float`, defaults to 1.0): The gradient is clipped to [-clip, clip] in each entry.
@@ -95,6 +112,7 @@ class StochasticApproximation:
         *,
         zeta: float = 0.75,
         zeta_placement: str = "divergence",
+        update: str = "gradient",
         prior: str = "standard",
         num_trajectories: int = 512,
         num_steps: int | None = None,
@@ -108,13 +126,23 @@ class StochasticApproximation:
         g = torch.as_tensor(integrated_beta, dtype=torch.float64).cpu()
         if g.ndim != 1 or not (torch.diff(g, prepend=g.new_zeros(1)) > 0).all() or not torch.isfinite(g).all():
             raise ValueError("`integrated_beta` must be a finite, positive and increasing table of shape (N,).")
-        num_steps = min(len(g), max(1, round(STEPS_PER_G * float(g[-1])))) if num_steps is None else num_steps
+        self.process = DiscreteProcess(drift.lam, g, drift.num_times is not None)
+        enough = len(g) if self.process.varies else min(len(g), max(1, round(STEPS_PER_G * float(g[-1]))))
+        num_steps = enough if num_steps is None else num_steps
+        steps_remedy = f"between 1 and the {len(g)} training times"
+        if self.process.varies and num_steps != len(g):
+            steps_remedy = f"{len(g)}, the number of training times, each of which has its lambda"
         checks = {
-            "zeta": (zeta, 0 < zeta <= 1, "a number in (0, 1]"),
-            "zeta_placement": (zeta_placement, zeta_placement in GRADIENTS, f"one of {tuple(GRADIENTS)}"),
+            "update": (update, update in UPDATES, f"one of {UPDATES}"),
+            "zeta": (
+                zeta,
+                zeta == 1 or (0 < zeta < 1 and update == "gradient" and not self.process.varies),
+                "a number in (0, 1], and 1 for IPF or where lambda varies in time",
+            ),
+            "zeta_placement": (zeta_placement, zeta_placement in GRADIENTS, f"one of {GRADIENTS}"),
             "prior": (prior, prior in SIMULATION_PRIORS, f"one of {SIMULATION_PRIORS}"),
             "num_trajectories": (num_trajectories, num_trajectories >= 1, "at least 1"),
-            "num_steps": (num_steps, 1 <= num_steps <= len(g), f"between 1 and the {len(g)} training times"),
+            "num_steps": (num_steps, (len(g) if self.process.varies else 1) <= num_steps <= len(g), steps_remedy),
             "batch_size": (batch_size, batch_size is None or batch_size >= 1, "at least 1"),
             "step_scale": (step_scale, step_scale > 0, "positive"),
             "step_offset": (step_offset, step_offset >= 0, "not negative"),
@@ -127,6 +155,7 @@ class StochasticApproximation:
         self.drift = drift
         self.zeta = zeta
         self.zeta_placement = zeta_placement
+        self.update_rule = update
         self.prior = prior
         self.num_trajectories = num_trajectories
         self.batch_size = batch_size or num_trajectories
@@ -170,58 +199,104 @@ class StochasticApproximation:
         """
         self.num_stages += 1
         mine = range(process_index, self.num_trajectories, num_processes)
+        drift, shape = self.drift, (2, *self.drift.lam_polyak.shape)
+        # the drift may have been changed by others
+        self.process = DiscreteProcess(drift.lam, self.process.table, self.process.varies)
         coefficients = self._coefficients(torch.device(device))
-        total = torch.zeros((2, *self.drift.lam.shape), dtype=torch.float64)
+        total = torch.zeros(shape, dtype=torch.float64)
         for start in range(0, len(mine), self.batch_size):
             total += self._simulate(score, mine[start : start + self.batch_size], *coefficients)
         score_x, x_x = reduce_sum(total) / self.num_trajectories
 
-        lam = self.drift.lam
         skipped = not bool(torch.isfinite(torch.stack([score_x, x_x])).all())
-        gradient = GRADIENTS[self.zeta_placement](score_x, x_x, (1 - lam) / 2, self.zeta).clamp(-self.clip, self.clip)
-        eta = self.step_size(int(self.drift.num_updates) + 1)
+        is_ipf = self.update_rule == "ipf"
+        gradient = torch.zeros_like(score_x) if skipped else self._gradient(score_x, x_x)
+        eta = 1.0 if is_ipf else self.step_size(int(drift.num_updates) + 1)
         if skipped:
             self.num_skipped += 1
             warnings.warn(
                 f"Stage {self.num_stages} of stochastic approximation is skipped: the moments of the backward"
-                f" trajectories are not finite (lambda is {lam.min():.3g} to {lam.max():.3g}; the network's score may"
-                " have blown up). Lambda stays as it was.",
+                f" trajectories are not finite (lambda is {drift.lam.min():.3g} to {drift.lam.max():.3g}; the network's"
+                " score may have blown up). Lambda stays as it was.",
                 RuntimeWarning,
                 stacklevel=2,
             )
+        elif is_ipf:
+            drift.move_to(self._minimizer(score_x, x_x))
         else:
-            self.drift.step(gradient, eta)
-        return StageOutput(self.drift.lam.clone(), score_x, x_x, gradient, eta, skipped)
+            drift.step(gradient, eta)
+        return StageOutput(drift.lam.clone(), score_x, x_x, gradient, eta, skipped)
+
+    def _gradient(self, score_x: Tensor, x_x: Tensor) -> Tensor:
+        """Of the loss in A, clipped; with moments in the shape of lambda, or matrices where the axes turn."""
+        a, turns = (1 - self.drift.lam) / 2, self.drift.turns
+        one = torch.eye(len(a), dtype=a.dtype) if turns else torch.ones_like(a)
+        a_x_x = a[:, None] * x_x if turns else a * x_x
+        if self.zeta_placement == "divergence":
+            gradient = score_x + self.zeta * one
+        else:
+            gradient = one + self.zeta * score_x + (1 - self.zeta) * a_x_x
+        if not turns:
+            return gradient.clamp(-self.clip, self.clip)
+        values, vectors = torch.linalg.eigh((gradient + gradient.T) / 2)
+        return (vectors * values.clamp(-self.clip, self.clip)) @ vectors.T
+
+    def _minimizer(self, score_x: Tensor, x_x: Tensor) -> Tensor:
+        """The lambda at which the loss is least at zeta = 1; where the axes turn the matrix, by Lyapunov's equation."""
+        lam = self.drift.lam
+        if not self.drift.turns:
+            return lam + 2 * (1 + score_x) / x_x
+        residual = torch.eye(len(lam), dtype=lam.dtype) + (score_x + score_x.T) / 2
+        values, vectors = torch.linalg.eigh((x_x + x_x.T) / 2)
+        change = 2 * (vectors.T @ residual @ vectors) / (values[:, None] + values)
+        return torch.diag(lam) + 2 * vectors @ change @ vectors.T
 
     def _coefficients(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Of sample, score and noise in a step, which is linear in them: each `(num_steps, *lambda_shape)`."""
-        shape = (-1, *[1] * self.drift.lam.ndim)
-        rates = (self.drift.lam, self.g.reshape(shape), self.g_next.reshape(shape))
-        one = torch.ones_like(rates[0] * rates[1])
-        on_x, variance = process.ancestral_step(*rates, one, torch.zeros_like(one))
-        on_score, _ = process.ancestral_step(*rates, torch.zeros_like(one), one)
-        on_x, on_score, on_noise = (c.to(device, torch.float32) for c in (on_x, on_score, variance.sqrt()))
+        """Of sample, score and noise in a step, which is linear in them: each `(num_steps, *lambda_shape)`, or the event's."""
+        lam = self.process.lam
+        g, scale = self.process.at(torch.tensor([*self.timesteps, -1]))
+        data_variance = self.drift.data_variance if self.update_rule == "ipf" else torch.ones(())
+        one = torch.ones_like(lam * g[1:] * data_variance)
+        # a step of x / scale, whose score is the score of x times the scale
+        on_x, variance = process.ancestral_step(lam, g[:-1], g[1:], one, torch.zeros_like(one))
+        on_score, _ = process.ancestral_step(lam, g[:-1], g[1:], torch.zeros_like(one), one)
+        if self.update_rule == "ipf":  # which compares this law with the forward one: no bias of the step
+            variance = process.gaussian_posterior_variance(lam, g[:-1], g[1:], data_variance)
+        before, after = scale[:-1], scale[1:]
+        rows = (after / before * on_x, after * before * on_score, after * variance.sqrt())
+        on_x, on_score, on_noise = (row.to(device, torch.float32) for row in rows)
         return on_x, on_score, on_noise
 
     def _simulate(
         self, score: ScoreFunction, trajectories: range, on_x: Tensor, on_score: Tensor, on_noise: Tensor
     ) -> Tensor:
-        """Both time-averaged moments, summed over trajectories and shaped as lambda: float64, `(2, *lambda_shape)`."""
-        device = on_x.device
+        """Both moments, summed over trajectories: float64, each shaped as lambda, or a matrix where the axes turn.
+
+        They are averaged over time, or where lambda varies those of each time.
+        """
+        device, drift = on_x.device, self.drift
         noise = torch.stack([self._noise(index) for index in trajectories], dim=1).to(device)
-        basis = self.drift.basis(device, torch.float32)
+        basis = drift.basis(device, torch.float32)
         mean, scale = (moment.to(device, torch.float32) for moment in self._prior_moments())
         x = mean + scale * noise[0]
         # mean over the event's dimensions that share one lambda (of a stack of two moments), sum over trajectories
-        shared = [dim + 2 for dim, size in enumerate(self.drift.lam.shape) if size == 1]
-        total = torch.zeros((2, *self.drift.lam.shape), dtype=torch.float32, device=device)
-        steps = (self.g - self.g_next).tolist()
+        shared = [dim + 2 for dim, size in enumerate(drift.lambda_shape) if size == 1]
+        varies, steps = self.process.varies, (self.g - self.g_next).tolist()
+        shape = (2, len(steps), *drift.lambda_shape) if varies else (2, *drift.lam_polyak.shape)
+        total = torch.zeros(shape, device=device)
         for i, (k, dg) in enumerate(zip(self.timesteps, steps, strict=True)):
             score_x = basis.to_basis(score(basis.from_basis(x), k))
-            moments = torch.stack([score_x * x, x * x])
-            total += dg * (moments.mean(shared, keepdim=True) if shared else moments).sum(1)
+            if drift.turns:
+                moments = torch.stack([score_x.T @ x, x.T @ x])
+            else:
+                moments = torch.stack([score_x * x, x * x])
+                moments = (moments.mean(shared, keepdim=True) if shared else moments).sum(1)
+            if varies:
+                total[:, -1 - i] = moments  # the first training time is the last one visited
+            else:
+                total += dg * moments
             x = on_x[i] * x + on_score[i] * score_x + on_noise[i] * noise[i + 1]
-        return total.cpu().double() / sum(steps)
+        return total.cpu().double() / (1 if varies else sum(steps))
 
     def _noise(self, trajectory: int) -> Tensor:
         """Normal numbers of one trajectory: its start and every step, shape `(num_steps + 1, *event_shape)`."""
@@ -235,5 +310,6 @@ class StochasticApproximation:
         if self.prior == "standard":
             return zero, one
         data = (self.drift.data_mean, self.drift.data_variance) if self.prior == "marginal" else (zero, zero)
-        mean, variance = process.marginal_moments(self.drift.lam, self.g[0], *data)
-        return mean.expand_as(one), variance.sqrt().expand_as(one)
+        g, scale = (value[0] for value in self.process.at(torch.tensor(self.timesteps[:1])))
+        mean, variance = process.marginal_moments(self.process.lam, g, *data)
+        return (scale * mean).expand_as(one), (scale * variance.sqrt()).expand_as(one)

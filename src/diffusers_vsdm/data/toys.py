@@ -1,6 +1,7 @@
 r"""Two-dimensional distributions, sampled from a `torch.Generator`.
 
-`spiral-8y` and `checkerboard-6x` are those of the VSDM paper, with the constants of its published program.
+`spiral-8y` and `checkerboard-6x` are those of the VSDM paper, with the constants of its published program;
+`spiral-8y-turned` is the former turned by 30 degrees.
 
 References:
     Deng et al. (2024), "Variational Schrödinger Diffusion Models", section 7.2.
@@ -67,15 +68,27 @@ def _stretched(toy: Callable[[int, Generator | None], Tensor], *factors: float) 
     return lambda n, generator=None: toy(n, generator) * torch.tensor(factors)
 
 
+def _turned(toy: Callable[[int, Generator | None], Tensor], degrees: float) -> Callable:
+    angle = math.radians(degrees)
+    rotation = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    return lambda n, generator=None: toy(n, generator) @ rotation.T
+
+
+def _shifted(toy: Callable[[int, Generator | None], Tensor], *by: float) -> Callable:
+    return lambda n, generator=None: toy(n, generator) + torch.tensor(by)
+
+
 TOYS: dict[str, Callable[[int, Generator | None], Tensor]] = {
     "spiral": spiral,
     "spiral-8y": _stretched(spiral, 1.0, 8.0),
+    "spiral-8y-turned": _turned(_stretched(spiral, 1.0, 8.0), 30),
     "checkerboard": checkerboard,
     "checkerboard-6x": _stretched(checkerboard, 6.0, 1.0),
     "8gaussians": eight_gaussians,
     "moons": moons,
     "swissroll": swissroll,
     "gaussian": gaussian,
+    "gaussian-centered": _shifted(gaussian, 8.0, -2.0),
 }
 
 

@@ -1,13 +1,13 @@
 """The forward half of `VSDMScheduler`: the process with its table and its drift, without solvers."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import process
 from ..bases import Basis, IdentityBasis
+from ..discrete import DiscreteProcess, integrated_beta_at
 from .drift_owner import DriftOwner
-from .marginals import Marginals, integrated_beta_at
+from .marginals import Marginals
 from .parameterization import PARAMETERIZATIONS, Parameterization
 from .tables import LEARNED
 
@@ -55,7 +55,7 @@ class ForwardProcess(DriftOwner):
 
         Where lambda is one number the process is the same in every basis, and this is the identity.
         """
-        return self._basis(like, self._lam())
+        return self._basis(like, self._rates().lam)
 
     def _basis(self, like: Tensor, numbers: Tensor) -> Basis:
         drift = self._drift
@@ -109,23 +109,25 @@ class ForwardProcess(DriftOwner):
         eps = self.parameterization.eps(output, x, a, s)
         return basis.from_basis(process.conditional_score(eps, s))
 
-    def _lam(self) -> Tensor:
-        """Lambda in float64; a scalar where it is the same for all dimensions."""
-        if self._drift is None:
-            return torch.ones((), dtype=torch.float64)
-        lam = self._drift.lam
-        one = lam.flatten()[0]
-        return self._cached("lam", lambda: one.clone() if (lam == one).all() else lam)
+    def _rates(self) -> DiscreteProcess:
+        """The process at the training times in float64; its lambda is a scalar where all dimensions share one."""
 
-    def _g(self, k: np.ndarray | Tensor, lam: Tensor) -> Tensor:
-        """The integrated beta at training times `k` (-1 is the data), shaped to broadcast against `lam`."""
-        return integrated_beta_at(k, self.integrated_beta).reshape(-1, *[1] * lam.ndim)
+        def make() -> DiscreteProcess:
+            if self._drift is None:
+                return DiscreteProcess(torch.ones((), dtype=torch.float64), self.integrated_beta)
+            lam = self._drift.lam
+            one = lam.flatten()[0]
+            if (lam == one).all():
+                return DiscreteProcess(one.clone(), self.integrated_beta)
+            return DiscreteProcess(lam, self.integrated_beta, self._drift.num_times is not None)
+
+        return self._cached("rates", make)
 
     def _marginals(self, like: Tensor, dtype: torch.dtype) -> Marginals:
         """The process for samples like this one, with scales of this type."""
         return self._cached(
             ("marginals", like.device, dtype, like.ndim),
-            lambda: Marginals(self._lam(), self.integrated_beta, like, dtype),
+            lambda: Marginals(self._rates(), like, dtype),
         )
 
     def _training_times(self, timesteps: Tensor | int, like: Tensor) -> Tensor:

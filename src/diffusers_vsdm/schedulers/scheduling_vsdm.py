@@ -209,7 +209,7 @@ class VSDMScheduler(ForwardProcess):
 
     def _rates_of_step(self) -> tuple[Tensor, Tensor]:
         """Lambda, and the data's variance where the solver uses it: scalars, or both with the event's dimensions."""
-        lam = self._lam()
+        lam = self._rates().lam
         if self._drift is None or not self._solver.uses_moments:
             return lam, torch.ones_like(lam)
         variance = self._drift.data_variance
@@ -221,11 +221,8 @@ class VSDMScheduler(ForwardProcess):
 
     def _log_sigma(self, kind: str) -> np.ndarray:
         """log(s/a) at every training time: one number for all dimensions, as the time grid says."""
-        lam = self._lam().flatten()
-        # the log-SNR falls with lambda
-        if kind in ("log_snr_largest", "log_snr_smallest"):
-            lam = lam.min() if kind == "log_snr_largest" else lam.max()
-        return self._cached(("log_sigma", kind), lambda: log_sigma(lam, self.integrated_beta))
+        reduce = {"log_snr_largest": torch.amax, "log_snr_smallest": torch.amin}.get(kind, torch.mean)
+        return self._cached(("log_sigma", kind), lambda: log_sigma(self._rates(), reduce))
 
     @property
     def init_noise_sigma(self) -> float | Tensor:
@@ -353,9 +350,11 @@ class VSDMScheduler(ForwardProcess):
 
         def make() -> list[Call]:
             config, (lam, data_variance) = self._internal_dict, self._rates_of_step()
-            g = self._g(self._grid[self._first_index :], lam)
+            g, scale = self._rates().at(self._grid[self._first_index :])
+            ones = [1] * (lam.ndim - self._rates().lam.ndim)
+            g, scale = (x.reshape(*x.shape, *ones) for x in (g, scale))
             rule = (self._solver, config["solver_order"], self.parameterization)
-            return make_calls(*rule, lam, g[:-1], g[1:], data_variance, config["variance_type"], device, dtype)
+            return make_calls(*rule, lam, g, scale, data_variance, config["variance_type"], device, dtype)
 
         return self._cached(("calls", device, dtype, self._first_index), make)
 
@@ -363,16 +362,15 @@ class VSDMScheduler(ForwardProcess):
 
     def _prior_moments(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the first sample, at the first timestep of the run; float64."""
-        lam = self._lam()
-        g = self._g(self._grid[:1], lam)[0]
-        drift = self._drift
+        lam, (g, scale), drift = self._rates().lam, self._rates().at(self._grid[:1]), self._drift
+        g, scale = g[0], scale[0]
         if self._internal_dict["prior_type"] == "marginal":
             if drift is None:
                 raise ValueError("`prior_type` 'marginal' needs a drift with the data's moments: see `set_drift`.")
             mean, variance = process.marginal_moments(lam, g, drift.data_mean, drift.data_variance)
-            return mean, variance.sqrt()
+            return scale * mean, scale * variance.sqrt()
         # without a drift N(0, I), where stock schedulers start
-        s = torch.ones_like(lam) if drift is None else process.std(lam, g)
+        s = torch.ones_like(lam) if drift is None else scale * process.std(lam, g)
         return torch.zeros_like(s), s
 
     def sample_prior(
@@ -396,7 +394,13 @@ class VSDMScheduler(ForwardProcess):
         if self._drift is None:
             return (mean + std * noise).to(dtype)
         basis = self._drift.basis(noise.device, torch.float32)
-        return basis.from_basis(mean + std * basis.to_basis(noise.float())).to(dtype)
+        white = basis.to_basis(noise.float())
+        if self._drift.turns and self._internal_dict["prior_type"] == "marginal":
+            # the data's own axes need not be the drift's
+            a, s = (scale[0].expand(self._drift.event_shape) for scale in self._rates().scales(self._grid[:1]))
+            factor = torch.linalg.cholesky(torch.outer(a, a) * self._drift.data_covariance + torch.diag(s**2))
+            return basis.from_basis(mean + white @ factor.T.to(white)).to(dtype)
+        return basis.from_basis(mean + std * white).to(dtype)
 
     def fit_moments(self, data: Tensor | Iterable[Tensor], basis: str = "dct") -> None:
         r"""Start from the marginal prior $N(a_T m, a_T^2 v + s_T^2)$ of this data from now on.
@@ -517,10 +521,10 @@ class VSDMScheduler(ForwardProcess):
         """What `DDPMScheduler` gives by this name, which others ask for: of the `ddpm` step from `t` the variance, its
         root for `fixed_small_log`, and its logarithm for `fixed_large_log` and `learned_range`.
         """
-        lam, kind = self._lam(), variance_type or self._internal_dict["variance_type"]
-        g, g_next = (self._g(np.array([float(k)]), lam)[0] for k in (t, self.previous_timestep(t)))
-        small = process.posterior(lam, g, g_next)[2].clamp(min=1e-20).float()
-        large = process.variance(lam, g - g_next).float()
+        lam, kind = self._rates().lam, variance_type or self._internal_dict["variance_type"]
+        g, scale = self._rates().at(np.array([float(t), float(self.previous_timestep(t))]))
+        small = (scale[1] ** 2 * process.posterior(lam, *g)[2]).clamp(min=1e-20).float()
+        large = (scale[1] ** 2 * process.variance(lam, g[0] - g[1])).float()
         if kind in LEARNED and predicted_variance is not None:
             if kind == "learned":
                 return predicted_variance

@@ -55,7 +55,7 @@ def make_calls(
     network: Parameterization,
     lam: Tensor,
     g: Tensor,
-    g_next: Tensor,
+    scale: Tensor,
     data_variance: Tensor,
     variance_type: str | None,
     device: torch.device,
@@ -66,8 +66,7 @@ def make_calls(
     Args:
         solver, order: A row of `SOLVERS`, and which of its rules.
         network: What is predicted.
-        lam: Lambda in float64: a scalar, or shaped as the drift's.
-        g, g_next: The integrated beta before and after each step, `(n, 1, ..., 1)` in float64.
+        lam, g, scale: Of the process at the n + 1 times between steps, in float64; see [`DiscreteProcess`].
         data_variance: Of each dimension, a scalar if lambda is one; for solvers that use it.
         variance_type: As in `DDPMScheduler`; for solvers that sample the posterior.
         device, dtype: Of the samples.
@@ -86,15 +85,22 @@ def make_calls(
         ]
 
     calls = solver.calls_per_step
-    at_call = g.repeat_interleave(calls, 0)[calls - 1 :]
-    a, s = process.mean_scale(lam, at_call), process.std(lam, at_call)
+    g, g_next = g[:-1], g[1:]
+    at_call, at_end = g.repeat_interleave(calls, 0)[calls - 1 :], g_next.repeat_interleave(calls, 0)
+    here, there = scale[:-1].repeat_interleave(calls, 0)[calls - 1 :], scale[1:].repeat_interleave(calls, 0)
+    at_end, there = at_end[: len(at_call)], there[: len(at_call)]
+    a, s = here * process.mean_scale(lam, at_call), here * process.std(lam, at_call)
     moments = (data_variance,) if solver.uses_moments else ()
     coefficients = solver.rule(order).coefficients(lam, g, g_next, *moments)
-    terms = coefficients.columns()
-    hold, velocity = (c.columns() if c else {} for c in (coefficients.hold, coefficients.velocity_terms))
-    before, after = at_call, g_next.repeat_interleave(calls, 0)[calls - 1 :]
-    small = process.posterior(lam, before, after)[2].clamp(min=1e-20)  # Diffusers' floor, for its logarithm
-    large = process.variance(lam, before - after)
+    # a solver steps x / scale, and what it holds is in those units
+    terms, hold, velocity = (
+        {name: column / here if name == "sample" else column for name, column in (c.columns() if c else {}).items()}
+        for c in (coefficients, coefficients.hold, coefficients.velocity_terms)
+    )
+    terms = {name: there * column for name, column in terms.items()}
+    small = there**2 * process.posterior(lam, at_call, at_end)[2]
+    small = small.clamp(min=1e-20)  # Diffusers' floor, for its logarithm
+    large = there**2 * process.variance(lam, at_call - at_end)
     if solver.samples_posterior and variance_type in FIXED_LARGE:
         terms["noise"] = large.sqrt()
     x0, eps = (dict(zip(("sample", "output"), f(a, s), strict=True)) for f in (network.x0_terms, network.eps_terms))

@@ -14,7 +14,7 @@ from ..objectives import WEIGHTINGS
 from ..schedulers.parameterization import PARAMETERIZATIONS
 from ..schedulers.scheduling_vsdm import BETA_SCHEDULES, PRIORS
 from ..solvers import SOLVERS
-from ..stochastic_approximation import GRADIENTS, SIMULATION_PRIORS
+from ..stochastic_approximation import GRADIENTS, SIMULATION_PRIORS, UPDATES
 
 
 POWER_LAW = "power_law"
@@ -69,8 +69,13 @@ class TrainingConfig:
     beta_power: float = _setting(1.7, "Exponent of the power law.")
     ddpm_num_steps: int = _setting(100, "Training times N.")
     prediction_type: str = _setting("epsilon", "What the network predicts.", PARAMETERIZATIONS)
-    basis: str = _setting("identity", "Basis in which the drift is diagonal; dct is for images.", BASES)
+    basis: str = _setting(
+        "identity",
+        "Basis in which the drift is diagonal; dct is for images, dense, which is learned, for vectors.",
+        BASES,
+    )
     lambda_per: str = _setting("element", "One lambda for all dimensions, per channel, or per element.", LAMBDA_PER)
+    lambda_varies: bool = _setting(False, "A lambda for each training time; needs zeta 1.")
     solver: str = _setting("heun", "Solver that the saved pipeline samples with.", SOLVERS)
 
     # network and its optimization
@@ -100,6 +105,7 @@ class TrainingConfig:
     # stochastic approximation
     zeta: float = _setting(0.75, "The paper's zeta, in (0, 1].")
     zeta_placement: str = _setting("divergence", "Term of the loss for lambda that zeta multiplies.", GRADIENTS)
+    sa_update: str = _setting("gradient", "Step along the gradient, or to its root: ipf needs zeta 1.", UPDATES)
     sa_stages: int = _setting(40, "Stages of stochastic approximation, evenly spaced before lambda is frozen.")
     sa_trajectories: int = _setting(256, "Simulated trajectories in a stage.")
     sa_steps: int = _setting(0, "Steps of a trajectory; 0 for about 13 per unit of integrated beta.")
@@ -161,8 +167,15 @@ class TrainingConfig:
             raise ValueError(f"`zeta` must lie in (0, 1], got {self.zeta}.")
         if not 0 <= self.frozen_fraction < 1:
             raise ValueError(f"`frozen_fraction` must lie in [0, 1), got {self.frozen_fraction}.")
-        if self.basis == "dct" and self.is_toy:
-            raise ValueError("`basis` 'dct' is for images: a toy distribution has no frequencies.")
+        if self.basis != "identity" and (self.basis == "dense") != self.is_toy:
+            raise ValueError(
+                f"`basis` {self.basis!r} is for {'images' if self.is_toy else 'vectors'}, not these data."
+            )
+        if self.zeta != 1 and (self.lambda_varies or self.sa_update == "ipf"):
+            raise ValueError(
+                f"`zeta` {self.zeta} has no fixed point with `lambda_varies` and no meaning with `sa_update` 'ipf':"
+                " set it to 1."
+            )
         if self.baseline == "none" and self.sa_stages >= self.adaptive_steps:
             raise ValueError(
                 f"`sa_stages` {self.sa_stages} do not fit into the {self.adaptive_steps} steps before lambda is"

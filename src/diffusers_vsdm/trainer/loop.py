@@ -146,6 +146,7 @@ class Trainer:
             self.scheduler.integrated_beta,
             zeta=config.zeta,
             zeta_placement=config.zeta_placement,
+            update=config.sa_update,
             prior=config.sa_prior,
             num_trajectories=config.sa_trajectories,
             num_steps=config.sa_steps or None,

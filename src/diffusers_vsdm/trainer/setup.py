@@ -141,7 +141,8 @@ def build_scheduler(
         "channel": event_shape[:1] + (1,) * (len(event_shape) - 1),
         "element": event_shape,
     }[config.lambda_per]
-    drift = AdaptiveDiagonalDrift(event_shape, lambda_shape, basis=config.basis)
+    num_times = len(scheduler) if config.lambda_varies else None
+    drift = AdaptiveDiagonalDrift(event_shape, lambda_shape, basis=config.basis, num_times=num_times)
     drift.fit_moments(batches)
     scheduler.set_drift(drift)
     return scheduler, drift

@@ -58,6 +58,8 @@ def assert_same(a, b):
         {},
         {"use_ema": False, "gradient_accumulation_steps": 2},
         {"mixed_precision": "bf16", "lr_scheduler": "constant_with_warmup"},
+        {"basis": "dense"},
+        {"lambda_varies": True, "zeta": 1.0},
     ],
 )
 @pytest.mark.parametrize("stop", [7, 32, 35])  # between stages, at the freezing of lambda, after it

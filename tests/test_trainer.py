@@ -102,6 +102,9 @@ def test_runs_repeat_and_seeds_differ():
         {"prediction_type": "sample", "weighting": "epsilon", "lr_scheduler": "constant_with_warmup"},
         {"ddpm_beta_schedule": "squaredcos_cap_v2", "zeta_placement": "inner_product", "sa_average": "ema"},
         {"sa_prior": "marginal", "mixed_precision": "bf16", "standardize": True},
+        {"basis": "dense", "solver": "trig"},
+        {"lambda_varies": True, "zeta": 1.0},
+        {"basis": "dense", "lambda_varies": True, "zeta": 1.0, "sa_update": "ipf", "sa_average": "last"},
     ],
 )
 def test_every_setting_trains_something_that_samples(settings):
@@ -172,6 +175,8 @@ def test_a_loss_that_blows_up_is_reported():
         ({"frozen_fraction": 1.0}, "`frozen_fraction`"),
         ({"sa_stages": 60}, "`sa_stages`"),
         ({"basis": "dct"}, "`basis`"),
+        ({"lambda_varies": True}, "`zeta`"),
+        ({"sa_update": "ipf"}, "`zeta`"),
         ({"seed": -1}, "`seed`"),
         ({"beta_max": 0.01}, "`beta_max`"),
         ({"sa_step_power": 0.3}, "`sa_step_power`"),

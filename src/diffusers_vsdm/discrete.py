@@ -65,9 +65,9 @@ class DiscreteProcess:
         return len(self.table)
 
     def at(self, k: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
-        """$g$ and $c$ at training times `k` of shape `(n,)`, whole or fractional; each broadcasts against `(n, *shape)`.
+        """$g$ and $c$ at training times `k` of shape `(n,)`, whole or fractional, on the table's device.
 
-        Both are on the table's device. They have the shape `(n, *shape)` if the rates vary, else `(n, 1, ..., 1)`.
+        They have the shape `(n, *shape)` if the rates vary, else `(n, 1, ..., 1)`.
         """
         g = integrated_beta_at(k, self.table).reshape(-1, *[1] * self.lam.ndim)
         if not self.varies:

@@ -214,7 +214,7 @@ class AdaptiveDiagonalDrift(Statistics):
             self.move_to((self.lam * torch.exp(change)).clamp(*LAMBDA_RANGE))
 
     def move_to(self, value: Tensor) -> None:
-        r"""One update to a new $\lambda$ (along the axes: where they turn, D as a symmetric matrix), and both averages.
+        r"""One update to a new $\lambda$ (where the axes turn D along them, a symmetric matrix), and both averages.
 
         Values that are not positive end at a bound near 0.
         """

@@ -86,10 +86,10 @@ def conditional_score(eps: Tensor, s: Tensor) -> Tensor:
 
 
 def piecewise_scales(lam: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    r"""$\log a_k$ and $s_k^2$ for a rate that is $\lambda_k$ while $g$ goes from $g_{k-1}$ to $g_k$, with $g_{-1} = 0$.
+    r"""$\log a_k$ and $s_k^2$ for a rate that is $\lambda_k$ while $g$ goes from $g_{k-1}$ to $g_k$, $g_{-1} = 0$.
 
-    The variance obeys $s_k^2 = e^{-\lambda_k \Delta g} s_{k-1}^2 + (1 - e^{-\lambda_k \Delta g}) / \lambda_k$. (Eq. 14's
-    matrix exponential is for a constant drift.)
+    The variance obeys $s_k^2 = e^{-\lambda_k \Delta g} s_{k-1}^2 + (1 - e^{-\lambda_k \Delta g}) / \lambda_k$: the
+    matrix exponential of Eq. 14 is for a constant drift.
 
     Args:
         lam: `(N, *shape)`.

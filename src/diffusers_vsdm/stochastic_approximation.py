@@ -19,10 +19,11 @@ matrices and the gradient is the symmetric part of theirs.
 $$ A \leftarrow A - (1 + E[\mathrm{score}_i x_i]) / E[x_i^2] , $$
 
 which for a drift with a $\lambda$ at each time and Gaussian laws is iterative proportional fitting:
-$A_t \leftarrow A_t + \Sigma_f^{-1} - \Sigma_b^{-1}$, with the covariances of the forward process and of the backward one that
-starts at the prior. It arrives at the Schrödinger bridge. The simulated steps then have the noise of Gaussian data
-([`process.gaussian_posterior_variance`]), since any error of their variance would count as a difference of laws. Steps along the gradient, at $\zeta = 1$ and one for each time,
-stop at the first drift that carries the data to the prior; at $\zeta < 1$ they stop nowhere.
+$A_t \leftarrow A_t + \Sigma_f^{-1} - \Sigma_b^{-1}$, with the covariances of the forward process and of the backward
+one that starts at the prior. It arrives at the Schrödinger bridge. The simulated steps then have the noise of Gaussian
+data ([`process.gaussian_posterior_variance`]), since any error of their variance would count as a difference of laws.
+Steps along the gradient, at $\zeta = 1$ and one for each time, stop at the first drift that carries the data to the
+prior; at $\zeta < 1$ they stop nowhere.
 
 References:
     Deng et al. (2024), "Variational Schrödinger Diffusion Models", sections 4.1, 4.3 and 5.
@@ -59,8 +60,8 @@ class StageOutput:
 
     Attributes:
         lam: $\lambda$ after the stage.
-        score_x: $\int E[\mathrm{score}_i x_i] dg / \int dg$ along the backward trajectories; where $\lambda$ varies in time,
-            $E[\mathrm{score}_i x_i]$ at each time.
+        score_x: $\int E[\mathrm{score}_i x_i] dg / \int dg$ along the backward trajectories; where $\lambda$ varies in
+            time, $E[\mathrm{score}_i x_i]$ at each time.
         x_x: The same of $E[x_i^2]$.
         gradient: The clipped gradient.
         step_size: $\eta_k$; 1 for IPF.
@@ -87,8 +88,8 @@ class StochasticApproximation:
         integrated_beta (`Tensor`): $g_k$ at the training times `k = 0..N-1`, increasing, shape `(N,)`.
         zeta (`float`, defaults to 0.75): The $\zeta$ of Eq. 6, in (0, 1].
         zeta_placement (`str`, defaults to `"divergence"`): Where $\zeta$ stands, see above.
-        update (`str`, defaults to `"gradient"`): `"gradient"` for a Robbins-Monro step on the logarithm, `"ipf"` for the
-            minimiser, see above.
+        update (`str`, defaults to `"gradient"`): `"gradient"` for a Robbins-Monro step on the logarithm, `"ipf"` for
+            the minimiser, see above.
         prior (`str`, defaults to `"standard"`): Law of the trajectories' start: `"standard"` N(0, I), `"conditional"`
             $N(0, s_T^2)$ or `"marginal"` $N(a_T m, a_T^2 v + s_T^2)$. Only the first restrains $\lambda$ at zeta < 1.
         num_trajectories (`int`, defaults to 512): Trajectories in a stage.
@@ -216,8 +217,8 @@ class StochasticApproximation:
             self.num_skipped += 1
             warnings.warn(
                 f"Stage {self.num_stages} of stochastic approximation is skipped: the moments of the backward"
-                f" trajectories are not finite (lambda is {drift.lam.min():.3g} to {drift.lam.max():.3g}; the network's"
-                " score may have blown up). Lambda stays as it was.",
+                f" trajectories are not finite (lambda is {drift.lam.min():.3g} to {drift.lam.max():.3g}; the"
+                " network's score may have blown up). Lambda stays as it was.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -242,7 +243,7 @@ class StochasticApproximation:
         return (vectors * values.clamp(-self.clip, self.clip)) @ vectors.T
 
     def _minimizer(self, score_x: Tensor, x_x: Tensor) -> Tensor:
-        """The lambda at which the loss is least at zeta = 1; where the axes turn the matrix, by Lyapunov's equation."""
+        """The lambda at which the loss is least at zeta = 1; where the axes turn D, by Lyapunov's equation."""
         lam = self.drift.lam
         if not self.drift.turns:
             return lam + 2 * (1 + score_x) / x_x
@@ -252,7 +253,7 @@ class StochasticApproximation:
         return torch.diag(lam) + 2 * vectors @ change @ vectors.T
 
     def _coefficients(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Of sample, score and noise in a step, which is linear in them: each `(num_steps, *lambda_shape)`, or the event's."""
+        """Of sample, score and noise in a step, which is linear in them: `(num_steps, *lambda_shape or event)`."""
         lam = self.process.lam
         g, scale = self.process.at(torch.tensor([*self.timesteps, -1]))
         data_variance = self.drift.data_variance if self.update_rule == "ipf" else torch.ones(())

@@ -91,8 +91,8 @@ def sliced_wasserstein1(
 def pmf_distance(samples: Tensor, reference: Tensor, bins: int = 100) -> float:
     """Root mean squared difference of two histograms in the plane, as the VSDM authors' program reports it.
 
-    The bins cover 1.025 times the limits of the reference; samples outside count in the nearest one. Two samples of one
-    law of n points each differ by about `sqrt(2 / n) / bins`: compare only at equal numbers.
+    The bins cover 1.025 times the limits of the reference; samples outside count in the nearest one. Two samples of
+    one law of n points each differ by about `sqrt(2 / n) / bins`: compare only at equal numbers.
 
     Args:
         samples, reference (`Tensor`): Points `(n, 2)` and `(m, 2)`.

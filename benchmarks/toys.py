@@ -2,6 +2,7 @@
 
     python -m benchmarks.toys table4           # the VSDM paper's setting: raw axes, zeta 0.75
     python -m benchmarks.toys simulation       # the same with twice the steps in each simulated trajectory
+    python -m benchmarks.toys turned           # axes that are not those of the coordinates
     python -m benchmarks.toys standardized     # the README's command, over zeta, beside a score-based model
 
 Every run is a training run with the package's own trainer, in a process of its own. A study writes a JSON record to
@@ -11,6 +12,7 @@ Every run is a training run with the package's own trainer, in a process of its 
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -45,6 +47,15 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         f"{name} VSDM-10, 100 steps": PAPER | {"dataset_name": name, "beta_max": 10.0, "sa_steps": 100}
         for name in ("spiral-8y", "checkerboard-6x")
     },
+    "turned": {
+        "spiral-8y": PAPER | METHODS["VSDM-10"] | {"dataset_name": "spiral-8y"},
+        **{
+            f"turned by 30 degrees, {basis}": PAPER
+            | METHODS["VSDM-10"]
+            | {"dataset_name": "spiral-8y-turned", "basis": basis}
+            for basis in ("identity", "dense")
+        },
+    },
     "standardized": {
         "SGM": STANDARDIZED | {"baseline": "sgm"},
         **{f"VSDM, zeta {zeta}": STANDARDIZED | {"zeta": zeta} for zeta in (0.6, 0.75, 0.9)},
@@ -58,10 +69,12 @@ def run(job: tuple[str, str, dict[str, Any], int, int]) -> dict[str, Any]:
     import torch
 
     from diffusers_vsdm.data import sample_toy
+    from diffusers_vsdm.data.toys import rotation
     from diffusers_vsdm.metrics.transport import (
         normalized_path_energy,
         pmf_distance,
         sliced_wasserstein1,
+        straightness,
         wasserstein2,
     )
     from diffusers_vsdm.schedulers import VSDMScheduler
@@ -75,18 +88,25 @@ def run(job: tuple[str, str, dict[str, Any], int, int]) -> dict[str, Any]:
     metrics, paths = evaluate(pipeline, config.dataset_name, config.num_eval_samples, config.num_eval_steps)
     if study in KEPT and seed == 0:
         pipeline.save_pretrained(KEPT[study] / name.replace(" ", "-"))
+    upright = torch.eye(2)
+    if config.dataset_name.endswith("-turned"):  # measured along the axes of what was turned
+        upright = rotation(30)
+        paths = paths @ upright
+        metrics["straightness"] = straightness(paths, 1 / config.ddpm_num_steps).tolist()
+        metrics["axis"] = axis_of_largest_lambda(pipeline.scheduler.drift)
     # Heun in few steps, to the data
     pipeline.scheduler = VSDMScheduler.from_config(pipeline.scheduler.config, solver="heun")
     pipeline.set_progress_bar_config(disable=True)
-    reference = sample_toy(config.dataset_name, 3000, torch.Generator().manual_seed(EVALUATION_SEED + 1))
+    reference = sample_toy(config.dataset_name, 3000, torch.Generator().manual_seed(EVALUATION_SEED + 1)) @ upright
     metrics |= {
+        "w2_standardized": wasserstein2(paths[-1], reference, standardize=True),
         "normalized_path_energy": normalized_path_energy(paths, 1 / config.ddpm_num_steps),
         "sliced_w1_standardized": sliced_wasserstein1(paths[-1], reference, standardize=True),
         "pmf_distance": pmf_distance(paths[-1], reference),
     }
     for steps in FEW_STEPS:
         generator = torch.Generator().manual_seed(EVALUATION_SEED)
-        samples = pipeline(3000, generator, num_inference_steps=steps, output_type="pt").samples
+        samples = pipeline(3000, generator, num_inference_steps=steps, output_type="pt").samples @ upright
         metrics[f"w2_heun_{2 * steps - 1}"] = wasserstein2(samples, reference, standardize=True)
     scaled = result.lambdas * config.beta_max
     metrics |= {
@@ -104,6 +124,12 @@ def run(job: tuple[str, str, dict[str, Any], int, int]) -> dict[str, Any]:
         flush=True,
     )
     return {"name": name, "seed": seed, "metrics": metrics, "config": asdict(config)}
+
+
+def axis_of_largest_lambda(drift: Any) -> float:
+    """Its angle to the second coordinate, counterclockwise, in degrees within [-90, 90)."""
+    x, y = drift.basis().from_basis((drift.lam == drift.lam.max()).double()).tolist()
+    return (math.degrees(math.atan2(-x, y)) + 90) % 180 - 90
 
 
 def main() -> None:

@@ -68,10 +68,14 @@ def _stretched(toy: Callable[[int, Generator | None], Tensor], *factors: float) 
     return lambda n, generator=None: toy(n, generator) * torch.tensor(factors)
 
 
-def _turned(toy: Callable[[int, Generator | None], Tensor], degrees: float) -> Callable:
+def rotation(degrees: float) -> Tensor:
+    """The matrix that turns the plane's vectors counterclockwise, `(2, 2)`."""
     angle = math.radians(degrees)
-    rotation = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    return lambda n, generator=None: toy(n, generator) @ rotation.T
+    return torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+
+
+def _turned(toy: Callable[[int, Generator | None], Tensor], degrees: float) -> Callable:
+    return lambda n, generator=None: toy(n, generator) @ rotation(degrees).T
 
 
 def _shifted(toy: Callable[[int, Generator | None], Tensor], *by: float) -> Callable:

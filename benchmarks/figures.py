@@ -1,25 +1,50 @@
-"""Draw the figures of the docs from the records in `benchmarks/results/`.
+"""Draw the figures of the docs from the records in `benchmarks/results/` and the models of `benchmarks.toys table4`.
 
 python -m benchmarks.figures
 """
 
 import json
 from itertools import cycle
+from typing import Any
 
 import matplotlib
+import torch
+from torch import Tensor
+
+from diffusers_vsdm import VSDMPipeline, VSDMScheduler, process
+from diffusers_vsdm.data import sample_toy
+from diffusers_vsdm.trainer.report import flow_paths
+
+from .tables import RESULTS, ROOT, by_name
+from .toys import KEPT
 
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from .tables import RESULTS, ROOT, by_name  # noqa: E402
+
+TOYS = ("spiral-8y", "checkerboard-6x")
+SUBSTEPS = {6: 18, 8: 16}  # the authors' program: 108 and 128 network calls for 6 and 8 "evaluations"
+
+
+def save(figure: Any, name: str) -> None:
+    """Write a figure of the docs."""
+    figure.savefig(ROOT / "docs" / name, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def load(toy: str, method: str) -> VSDMPipeline:
+    """A model that `benchmarks.toys table4` left."""
+    pipeline = VSDMPipeline.from_pretrained(ROOT / KEPT["table4"] / f"{toy}-{method}")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def draw_lambda() -> None:
     """Lambda times beta_max over the stages, every seed of the paper's setting (its Figure 9)."""
-    record = json.loads((RESULTS / "toys_paper.json").read_text())
+    record = json.loads((RESULTS / "toys_table4.json").read_text())
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    for axes, dataset in zip(panels, ("spiral-8y", "checkerboard-6x"), strict=True):
+    for axes, dataset in zip(panels, TOYS, strict=True):
         axes.set_title(dataset)
         axes.set_xlabel("stage of stochastic approximation")
         colours = cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"])
@@ -36,9 +61,68 @@ def draw_lambda() -> None:
         axes.legend(fontsize="small")
     panels[0].set_ylabel(r"$\lambda \, \beta_{\max}$ (dots: the average, frozen)")
     panels[0].set_ylim(bottom=0)
-    figure.savefig(ROOT / "docs" / "lambda_paper.png", dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    save(figure, "lambda_paper.png")
+
+
+def draw_generation() -> None:
+    """Samples and paths of the probability flow in the paper's setting (its Figures 2, 3, 7 and 8)."""
+    methods = ("SGM-20", "VSDM-10")
+    figure, panels = plt.subplots(2, 5, figsize=(15, 6), layout="constrained")
+    for row, toy in zip(panels, TOYS, strict=True):
+        data = sample_toy(toy, 3000, torch.Generator().manual_seed(0))
+        drawn = {"data": data}
+        drawn |= {method: flow_paths(load(toy, method), 3000, 99)[0] for method in methods}
+        limits = [(1.25 * float(data[:, i].min()), 1.25 * float(data[:, i].max())) for i in (0, 1)]
+        for axes, (title, points) in zip(row[:3], drawn.items(), strict=True):
+            axes.scatter(*(points if title == "data" else points[-1]).T, s=1.2, linewidths=0)
+            axes.set_title(f"{toy}: {title}")
+        for axes, method in zip(row[3:], methods, strict=True):
+            some = drawn[method][:, :80].numpy()
+            axes.plot(some[..., 0], some[..., 1], color="0.6", linewidth=0.6)
+            axes.scatter(*some[0].T, s=5, color="tab:orange", zorder=2)
+            axes.scatter(*some[-1].T, s=5, color="tab:blue", zorder=3)
+            axes.set_title(f"{method}: paths")
+        for axes in row:
+            axes.set_xlim(*limits[0])
+            axes.set_ylim(*limits[1])
+    save(figure, "table4_paths.png")
+
+
+def few_steps(pipeline: VSDMPipeline, outer: int, inner: int) -> Tensor:
+    """Euler's method in `outer` intervals of `inner` steps each, for whose network calls the time of the first stands.
+
+    `inner` of 1 is what 6 or 8 evaluations mean; more is what the authors' program does.
+    """
+    scheduler = VSDMScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(outer)
+    x = scheduler.sample_prior((3000, 2), generator=torch.Generator().manual_seed(1))
+    lam = scheduler.drift.lam.float()
+    times = torch.linspace(len(scheduler) - 1, 0, outer + 1).round().long().tolist()
+    with torch.no_grad():
+        for k, k_next in zip(times[:-1], times[1:], strict=True):
+            dg = float(scheduler.integrated_beta[k] - scheduler.integrated_beta[k_next]) / inner
+            for _ in range(inner):
+                score = scheduler.get_score(pipeline.unet(x, k).sample, k, x)
+                x = x - dg * process.ode_drift(lam, x, score)
+    return x if pipeline.normalizer is None else pipeline.normalizer.denormalize(x)
+
+
+def draw_few_steps() -> None:
+    """Six and eight evaluations (Figures 10 and 11), as they are and as the authors' program counts them."""
+    figure, panels = plt.subplots(4, 4, figsize=(12, 11), layout="constrained")
+    rows = [(toy, method) for toy in TOYS for method in ("SGM-20", "VSDM-20")]
+    for row, (toy, method) in zip(panels, rows, strict=True):
+        pipeline, data = load(toy, method), sample_toy(toy, 3000, torch.Generator().manual_seed(0))
+        columns = [(6, 1), (8, 1), (6, SUBSTEPS[6]), (8, SUBSTEPS[8])]
+        for axes, (outer, inner) in zip(row, columns, strict=True):
+            axes.scatter(*few_steps(pipeline, outer, inner).T, s=1.2, linewidths=0)
+            axes.set_title(f"{method}: {outer * inner} calls")
+            axes.set_xlim(1.3 * float(data[:, 0].min()), 1.3 * float(data[:, 0].max()))
+            axes.set_ylim(1.3 * float(data[:, 1].min()), 1.3 * float(data[:, 1].max()))
+    save(figure, "few_evaluations.png")
 
 
 if __name__ == "__main__":
     draw_lambda()
+    draw_generation()
+    draw_few_steps()

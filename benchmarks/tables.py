@@ -42,9 +42,9 @@ def table(record: dict[str, Any], columns: Columns) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def each(key: str, digits: int) -> Callable[[list[dict[str, Any]]], str]:
-    """A column of one metric."""
-    return lambda runs: spread([run[key] for run in runs], digits)
+def each(key: str, digits: int, factor: float = 1) -> Callable[[list[dict[str, Any]]], str]:
+    """A column of one metric, times `factor`; a dash where it was not measured."""
+    return lambda runs: spread([factor * run[key] for run in runs], digits) if key in runs[0] else "-"
 
 
 def median(key: str, digits: int, factor: float = 1) -> Callable[[list[dict[str, Any]]], str]:
@@ -101,6 +101,26 @@ def rank_solvers(record: dict[str, Any]) -> dict[str, Any]:
     return {"runs": [{"name": n, "metrics": {c: math.exp(x) for c, x in means[n].items()}} for n in rows]}
 
 
+def convergence(record: dict[str, Any]) -> dict[str, Any]:
+    """How far the averaged lambda is from its limit, the mean of all seeds over the second half of the stages."""
+    rows = []
+    for name, runs in by_name(record).items():
+        paths = [run["lambda_beta_max_per_stage"] for run in runs]
+        if len(paths[0]) < 2:
+            continue
+        half = len(paths[0]) // 2
+        limit = [statistics.mean(stage[i] for path in paths for stage in path[half:]) for i in range(len(paths[0][0]))]
+        for path in paths:
+            average, metrics = list(path[0]), {}
+            for k, stage in enumerate(path[1:], 1):
+                weight = (1 + AVERAGING_POWER) / (k + AVERAGING_POWER)
+                average = [old + weight * (new - old) for old, new in zip(average, stage, strict=True)]
+                metrics[str(k)] = [100 * (value / end - 1) for value, end in zip(average, limit, strict=True)]
+            rows.append({"name": name, "metrics": metrics | {"limit": limit}})
+    return {"runs": rows}
+
+
+AVERAGING_POWER = 3  # the drift's default
 TOY_COLUMNS = {
     "lambda * beta_max, x / y": axes("lambda_beta_max", 1),
     "straightness, x / y": axes("straightness", 1),
@@ -111,7 +131,34 @@ TOY_COLUMNS = {
 }
 # file, columns, and where the rows are not the record's runs what makes them
 TABLES: dict[str, tuple] = {
-    "toys_paper": ("toys_paper.json", TOY_COLUMNS),
+    "toys_table4": (
+        "toys_table4.json",
+        {
+            "lambda * beta_max, x / y": axes("lambda_beta_max", 1),
+            "straightness, x / y": axes("straightness", 1),
+            "W2, 99 Euler steps": each("w2_standardized", 3),
+            "W2, Heun, 9 calls": each("w2_heun_9", 3),
+            "path energy": each("normalized_path_energy", 2),
+            "sliced W1": each("sliced_w1_standardized", 3),
+            "PMF distance, 1e-4": each("pmf_distance", 2, 1e4),
+            "in stochastic approximation, %": median("sa_share", 1, 100),
+        },
+    ),
+    "toys_convergence": (
+        "toys_table4.json",
+        {"limit of lambda * beta_max, x / y": axes("limit", 1)}
+        | {f"{k} stages, %": axes(str(k), 0) for k in (5, 10, 20, 40)},
+        convergence,
+    ),
+    "toys_turned": (
+        "toys_turned.json",
+        {
+            "lambda * beta_max": axes("lambda_beta_max", 1),
+            "axis of the largest, degrees": each("axis", 1),
+            "straightness, x / y": axes("straightness", 1),
+            "W2, 99 Euler steps": each("w2_standardized", 3),
+        },
+    ),
     "toys_simulation": ("toys_simulation.json", TOY_COLUMNS),
     "toys_standardized": ("toys_standardized.json", TOY_COLUMNS),
     "cifar10": (

@@ -22,6 +22,8 @@ which for a drift with a $\lambda$ at each time and Gaussian laws is iterative p
 $A_t \leftarrow A_t + \Sigma_f^{-1} - \Sigma_b^{-1}$, with the covariances of the forward process and of the backward
 one that starts at the prior. It arrives at the Schrödinger bridge. The simulated steps then have the noise of Gaussian
 data ([`process.gaussian_posterior_variance`]), since any error of their variance would count as a difference of laws.
+With samples of the data it divides $E[\mathrm{score}_i x_i]$ by the same expectation under the forward process, which
+is $-1$ for a perfect network: each stage adds the network's error to $A$, and most of it is common to both sides.
 Steps along the gradient, at $\zeta = 1$ and one for each time, stop at the first drift that carries the data to the
 prior; at $\zeta < 1$ they stop nowhere.
 
@@ -169,6 +171,7 @@ class StochasticApproximation:
         self.timesteps = np.linspace(len(g) - 1, -1, num_steps + 1).round().astype(int)[:-1].tolist()
         self.g = g[self.timesteps]
         self.g_next = torch.cat([self.g[1:], g.new_zeros(1)])
+        self.weights = ((self.g - self.g_next) / self.g[0]).tolist()
 
     def step_size(self, stage: int) -> float:
         r"""$\eta_k$ of the `stage`-th update, counted from 1."""
@@ -182,6 +185,7 @@ class StochasticApproximation:
         process_index: int = 0,
         num_processes: int = 1,
         reduce_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        data: Tensor | None = None,
     ) -> StageOutput:
         r"""One stage: simulate backwards from the prior with the current $\lambda$, then step the drift.
 
@@ -194,20 +198,29 @@ class StochasticApproximation:
             device: Where to simulate.
             process_index, num_processes: This process simulates every `num_processes`-th trajectory.
             reduce_sum: Sums a CPU tensor over the processes.
+            data: For IPF, samples of the data in the model's units, `(n, *event_shape)`, which every trajectory takes
+                one of in turn; at the price of as many network calls again.
 
         Returns:
             [`StageOutput`]: moments, step and the new $\lambda$.
         """
         self.num_stages += 1
         mine = range(process_index, self.num_trajectories, num_processes)
-        drift, shape = self.drift, (2, *self.drift.lam_polyak.shape)
+        drift = self.drift
+        shape = (2 if data is None else 3, *drift.lam_polyak.shape)
         # the drift may have been changed by others
         self.process = DiscreteProcess(drift.lam, self.process.table, self.process.varies)
         coefficients = self._coefficients(torch.device(device))
         total = torch.zeros(shape, dtype=torch.float64)
         for start in range(0, len(mine), self.batch_size):
-            total += self._simulate(score, mine[start : start + self.batch_size], *coefficients)
-        score_x, x_x = reduce_sum(total) / self.num_trajectories
+            batch = mine[start : start + self.batch_size]
+            total[:2] += self._simulate(score, batch, *coefficients)
+            if data is not None:
+                total[2] += self._diffuse(score, batch, data)
+        moments = reduce_sum(total) / self.num_trajectories
+        score_x, x_x = moments[:2]
+        if data is not None:
+            score_x = self._calibrated(score_x, moments[2])
 
         skipped = not bool(torch.isfinite(torch.stack([score_x, x_x])).all())
         is_ipf = self.update_rule == "ipf"
@@ -271,37 +284,62 @@ class StochasticApproximation:
     def _simulate(
         self, score: ScoreFunction, trajectories: range, on_x: Tensor, on_score: Tensor, on_noise: Tensor
     ) -> Tensor:
-        """Both moments, summed over trajectories: float64, each shaped as lambda, or a matrix where the axes turn.
+        """E[score x] and E[x x] along backward trajectories, summed over these: float64, `(2, *moment)`.
 
-        They are averaged over time, or where lambda varies those of each time.
+        They are averaged over time, or where lambda varies those of each time; see [`_accumulate`].
         """
-        device, drift = on_x.device, self.drift
+        device = on_x.device
         noise = torch.stack([self._noise(index) for index in trajectories], dim=1).to(device)
-        basis = drift.basis(device, torch.float32)
+        basis = self.drift.basis(device, torch.float32)
         mean, scale = (moment.to(device, torch.float32) for moment in self._prior_moments())
         x = mean + scale * noise[0]
-        # mean over the event's dimensions that share one lambda (of a stack of two moments), sum over trajectories
-        shared = [dim + 2 for dim, size in enumerate(drift.lambda_shape) if size == 1]
-        varies, steps = self.process.varies, (self.g - self.g_next).tolist()
-        shape = (2, len(steps), *drift.lambda_shape) if varies else (2, *drift.lam_polyak.shape)
-        total = torch.zeros(shape, device=device)
-        for i, (k, dg) in enumerate(zip(self.timesteps, steps, strict=True)):
+        total = torch.zeros((2, *self.drift.lam_polyak.shape), device=device)
+        for i, k in enumerate(self.timesteps):
             score_x = basis.to_basis(score(basis.from_basis(x), k))
-            if drift.turns:
-                moments = torch.stack([score_x.T @ x, x.T @ x])
-            else:
-                moments = torch.stack([score_x * x, x * x])
-                moments = (moments.mean(shared, keepdim=True) if shared else moments).sum(1)
-            if varies:
-                total[:, -1 - i] = moments  # the first training time is the last one visited
-            else:
-                total += dg * moments
+            self._accumulate(total[0], i, score_x, x)
+            self._accumulate(total[1], i, x, x)
             x = on_x[i] * x + on_score[i] * score_x + on_noise[i] * noise[i + 1]
-        return total.cpu().double() / (1 if varies else sum(steps))
+        return total.cpu().double()
 
-    def _noise(self, trajectory: int) -> Tensor:
+    def _diffuse(self, score: ScoreFunction, trajectories: range, data: Tensor) -> Tensor:
+        """E[score x] under the forward process, as in [`_simulate`]."""
+        device = data.device
+        noise = torch.stack([self._noise(index, forward=True) for index in trajectories], dim=1).to(device)
+        basis = self.drift.basis(device, torch.float32)
+        x0 = basis.to_basis(data[torch.tensor(trajectories, device=device) % len(data)].float())
+        a, s = (scale.to(device, torch.float32) for scale in self.process.scales(torch.tensor(self.timesteps)))
+        total = torch.zeros(self.drift.lam_polyak.shape, device=device)
+        for i, k in enumerate(self.timesteps):
+            x = a[i] * x0 + s[i] * noise[i]
+            self._accumulate(total, i, basis.to_basis(score(basis.from_basis(x), k)), x)
+        return total.cpu().double()
+
+    def _accumulate(self, total: Tensor, i: int, left: Tensor, right: Tensor) -> None:
+        """Add the i-th time's sum over trajectories of `left * right`, or of their outer product where the axes turn.
+
+        Event dimensions that share one lambda are averaged.
+        """
+        if self.drift.turns:
+            moment = left.T @ right
+        else:
+            shared = [dim + 1 for dim, size in enumerate(self.drift.lambda_shape) if size == 1]
+            product = left * right
+            moment = (product.mean(shared, keepdim=True) if shared else product).sum(0)
+        if self.process.varies:
+            total[-1 - i] = moment  # the first training time is the last one visited
+        else:
+            total += self.weights[i] * moment
+
+    def _calibrated(self, backward: Tensor, forward: Tensor) -> Tensor:
+        """E[score x] as it would be if that of the forward process were -1."""
+        if not self.drift.turns:
+            return -backward / forward
+        return -torch.linalg.solve(forward, backward)
+
+    def _noise(self, trajectory: int, forward: bool = False) -> Tensor:
         """Normal numbers of one trajectory: its start and every step, shape `(num_steps + 1, *event_shape)`."""
-        entropy = np.random.SeedSequence([self.seed, self.num_stages, trajectory]).generate_state(1, np.uint64)[0]
+        key = [self.seed, self.num_stages, trajectory, *([1] if forward else [])]
+        entropy = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(entropy) >> 1)
         return torch.randn((len(self.timesteps) + 1, *self.drift.event_shape), generator=generator)
 

@@ -114,6 +114,11 @@ class Trainer:
         self.scheduler, self.drift = build_scheduler(config, data.event_shape, batches)
         if self.normalizer is not None:
             self.normalizer.to(self.accelerator.device)
+        self.samples: Tensor | None = None
+        if config.sa_update == "ipf":  # which looks at the forward process too
+            samples = next(iter(moment_batches(data, config.seed, 0)))[: config.sa_trajectories]
+            samples = samples if self.normalizer is None else self.normalizer.normalize(samples)
+            self.samples = samples.to(self.accelerator.device)
         self.network = build_network(config, data.event_shape)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
@@ -278,6 +283,7 @@ class Trainer:
                 process_index=accelerator.process_index,
                 num_processes=accelerator.num_processes,
                 reduce_sum=lambda tensor: accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu(),
+                data=self.samples,
             )
         self.sa_seconds += time.perf_counter() - started
         self.lambdas.append(output.lam)

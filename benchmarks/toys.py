@@ -3,6 +3,8 @@
     python -m benchmarks.toys table4           # the VSDM paper's setting: raw axes, zeta 0.75
     python -m benchmarks.toys simulation       # the same with twice the steps in each simulated trajectory
     python -m benchmarks.toys turned           # axes that are not those of the coordinates
+    python -m benchmarks.toys budget           # how many stages
+    python -m benchmarks.toys default          # the README's command, in few steps
     python -m benchmarks.toys standardized     # the README's command, over zeta, beside a score-based model
 
 Every run is a training run with the package's own trainer, in a process of its own. A study writes a JSON record to
@@ -56,6 +58,12 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
             for basis in ("identity", "dense")
         },
     },
+    "budget": {"SGM": PAPER | {"dataset_name": "spiral-8y", "baseline": "sgm"}}
+    | {
+        f"{stages} stages": PAPER | {"dataset_name": "spiral-8y", "sa_stages": stages}
+        for stages in (5, 10, 20, 40, 80)
+    },
+    "default": {"spiral-8y": STANDARDIZED | {"dataset_name": "spiral-8y"}},
     "standardized": {
         "SGM": STANDARDIZED | {"baseline": "sgm"},
         **{f"VSDM, zeta {zeta}": STANDARDIZED | {"zeta": zeta} for zeta in (0.6, 0.75, 0.9)},
@@ -108,6 +116,11 @@ def run(job: tuple[str, str, dict[str, Any], int, int]) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(EVALUATION_SEED)
         samples = pipeline(3000, generator, num_inference_steps=steps, output_type="pt").samples @ upright
         metrics[f"w2_heun_{2 * steps - 1}"] = wasserstein2(samples, reference, standardize=True)
+    pipeline.scheduler = VSDMScheduler.from_config(pipeline.scheduler.config, solver="trig")
+    for steps in (6, 10):
+        generator = torch.Generator().manual_seed(EVALUATION_SEED)
+        samples = pipeline(3000, generator, num_inference_steps=steps, output_type="pt").samples @ upright
+        metrics[f"w2_trig_{steps}"] = wasserstein2(samples, reference, standardize=True)
     scaled = result.lambdas * config.beta_max
     metrics |= {
         "lambda_beta_max": (pipeline.scheduler.drift.lam * config.beta_max).tolist(),

@@ -90,6 +90,14 @@ def test_baseline_keeps_lambda_at_one():
     assert result.pipeline.scheduler.drift.is_neutral and result.sa_seconds == 0 and len(result.lambdas) == 1
 
 
+def test_vectors_of_ones_own():
+    data = torch.randn(500, 5) @ torch.randn(5, 5)
+    result = train(tiny(basis="dense", standardize=True), data)
+    assert _quiet(result.pipeline)(7).samples.shape == (7, 5)
+    with pytest.raises(ValueError, match="NaN"):
+        train(tiny(), data / 0)
+
+
 def test_runs_repeat_and_seeds_differ():
     weights = [next(train(tiny(seed=seed)).pipeline.unet.parameters()) for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])

@@ -26,7 +26,7 @@ from ..stochastic_approximation import StageOutput, StochasticApproximation
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .pictures import picture_samples
-from .setup import as_it_is, build_data, build_network, build_scheduler, moment_batches
+from .setup import VectorDataset, as_it_is, build_data, build_network, build_scheduler, moment_batches
 
 
 LOSS_WINDOW = 100
@@ -76,6 +76,7 @@ class Trainer:
 
     Args:
         config ([`TrainingConfig`]): The settings.
+        data (`Tensor`, *optional*): Vectors `(n, d)` to train on, instead of the data that the settings name.
 
     Raises:
         ValueError: The data cannot be had or does not fit (see [`setup`]), or the machine lacks the precision.
@@ -85,7 +86,7 @@ class Trainer:
         network, drift, scheduler, normalizer: The model that is trained.
     """
 
-    def __init__(self, config: TrainingConfig):
+    def __init__(self, config: TrainingConfig, data: Tensor | None = None):
         self.folder = Path(config.output_dir)
         set_seed(config.seed)
         self.accelerator = Accelerator(
@@ -103,23 +104,25 @@ class Trainer:
             raise ValueError(
                 f"`mixed_precision` 'fp16' needs a GPU, not {self.accelerator.device.type!r}: use 'bf16' or 'no'."
             )
-        data = build_data(config)
-        self.config = config = config.for_data(len(data), self.accelerator.num_processes)
-        batches = moment_batches(data, config.seed, config.dataloader_num_workers)
+        dataset = build_data(config) if data is None else VectorDataset(data)
+        self.config = config = config.for_data(len(dataset), self.accelerator.num_processes)
+        batches = moment_batches(dataset, config.seed, config.dataloader_num_workers)
         self.normalizer: DataNormalizer | None = None
         if config.standardize:
-            normalizer = DataNormalizer.from_data(batches, data.event_shape[:1] + (1,) * (len(data.event_shape) - 1))
+            normalizer = DataNormalizer.from_data(
+                batches, dataset.event_shape[:1] + (1,) * (len(dataset.event_shape) - 1)
+            )
             batches = (normalizer.normalize(batch) for batch in batches)
             self.normalizer = normalizer
-        self.scheduler, self.drift = build_scheduler(config, data.event_shape, batches)
+        self.scheduler, self.drift = build_scheduler(config, dataset.event_shape, batches)
         if self.normalizer is not None:
             self.normalizer.to(self.accelerator.device)
         self.samples: Tensor | None = None
         if config.sa_update == "ipf":  # which looks at the forward process too
-            samples = next(iter(moment_batches(data, config.seed, 0)))[: config.sa_trajectories]
+            samples = next(iter(moment_batches(dataset, config.seed, 0)))[: config.sa_trajectories]
             samples = samples if self.normalizer is None else self.normalizer.normalize(samples)
             self.samples = samples.to(self.accelerator.device)
-        self.network = build_network(config, data.event_shape)
+        self.network = build_network(config, dataset.event_shape)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
             lr=config.learning_rate,
@@ -134,9 +137,9 @@ class Trainer:
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps,
         )
-        self.sampler = _EpochSampler(len(data), config.seed)
+        self.sampler = _EpochSampler(len(dataset), config.seed)
         loader = DataLoader(
-            data,
+            dataset,
             batch_size=config.train_batch_size,
             sampler=self.sampler,
             drop_last=True,
@@ -415,6 +418,6 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def train(config: TrainingConfig) -> TrainingResult:
-    """Train a model as `config` says: [`Trainer.train`]."""
-    return Trainer(config).train()
+def train(config: TrainingConfig, data: Tensor | None = None) -> TrainingResult:
+    """Train a model as `config` says, on `data` if given: [`Trainer.train`]."""
+    return Trainer(config, data).train()

@@ -120,6 +120,18 @@ def convergence(record: dict[str, Any]) -> dict[str, Any]:
     return {"runs": rows}
 
 
+def named(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The runs of these names alone; a list of errors becomes percentages by stage."""
+
+    def arrange(record: dict[str, Any]) -> dict[str, Any]:
+        runs = [run for run in record["runs"] if run["name"] in names]
+        for run in runs:
+            run["metrics"] |= {str(i): 100 * x for i, x in enumerate(run["metrics"].get("error", []), 1)}
+        return {"runs": runs}
+
+    return arrange
+
+
 AVERAGING_POWER = 3  # the drift's default
 TOY_COLUMNS = {
     "lambda * beta_max, x / y": axes("lambda_beta_max", 1),
@@ -149,6 +161,42 @@ TABLES: dict[str, tuple] = {
         {"limit of lambda * beta_max, x / y": axes("limit", 1)}
         | {f"{k} stages, %": axes(str(k), 0) for k in (5, 10, 20, 40)},
         convergence,
+    ),
+    "gaussian_ipf": (
+        "gaussian.json",
+        {f"stage {i}, %": each(str(i), 1) for i in range(1, 7)},
+        named("exact score", "trained score"),
+    ),
+    "gaussian_flow": (
+        "gaussian.json",
+        {
+            "W2 of the end points": each("w2", 3),
+            "distance of each to its twin": each("distance_to_twin", 3),
+            "eigenvalues of D": axes("lambda", 2),
+        },
+        named("flow"),
+    ),
+    "toys_budget": (
+        "toys_budget.json",
+        {
+            "seconds": each("seconds", 0),
+            "in stochastic approximation, %": each("sa_share", 1, 100),
+            "lambda * beta_max, x / y": axes("lambda_beta_max", 1),
+            "straightness, x / y": axes("straightness", 1),
+            "W2, 99 Euler steps": each("w2_standardized", 3),
+        },
+    ),
+    "toys_default": (
+        "toys_default.json",
+        {
+            "lambda * beta_max, x / y": axes("lambda_beta_max", 1),
+            "straightness, x / y": axes("straightness", 1),
+            "path energy": each("normalized_path_energy", 2),
+            "W2, 99 Euler steps": each("w2_standardized", 3),
+            "6 calls": each("w2_trig_6", 3),
+            "10 calls": each("w2_trig_10", 3),
+            "in stochastic approximation, %": each("sa_share", 1, 100),
+        },
     ),
     "toys_turned": (
         "toys_turned.json",

@@ -46,7 +46,8 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         for method, settings in methods.items()
     },
     "simulation": {
-        f"{name} VSDM-10, 100 steps": PAPER | {"dataset_name": name, "beta_max": 10.0, "sa_steps": 100}
+        f"{name} VSDM-10, 100 steps": PAPER
+        | {"dataset_name": name, "beta_max": 10.0, "sa_steps": 100, "train_batch_size": 512}
         for name in ("spiral-8y", "checkerboard-6x")
     },
     "turned": {

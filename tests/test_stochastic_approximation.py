@@ -202,3 +202,71 @@ def test_bad_settings_name_themselves(setting):
 def test_bad_table():
     with pytest.raises(ValueError, match="integrated_beta"):
         StochasticApproximation(AdaptiveDiagonalDrift((2,)), G.flip(0))
+
+
+def test_the_error_falls_with_the_step_size():
+    """Theorem 2 as it should read: E|log lambda - root|^2 tends to eta Var / (2 m), with m the slope at the root.
+
+    Every dimension is a replicate.
+    """
+    replicates, variance = 256, 0.5
+    drift = AdaptiveDiagonalDrift((replicates,))
+    settings = {"num_trajectories": 4, "num_steps": 25, "step_scale": 6.0, "step_offset": 20.0}
+
+    def score(x, k):
+        a2, s2 = process.mean_scale(drift.lam, G[k]) ** 2, process.variance(drift.lam, G[k])
+        return (-x.double() / (a2 * variance + s2)).float()
+
+    def field(log_lambda, num_trajectories=4000):
+        """The mean gradient at one lambda for all dimensions."""
+        drift.set_lambda(math.exp(log_lambda))
+        at = StochasticApproximation(drift, G, clip=1e9, **settings | {"num_trajectories": num_trajectories})
+        return float(at.update(score).gradient.mean())
+
+    low, high = math.log(0.1), math.log(5.0)
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if field(middle, 400) > 0 else (low, middle)
+    root = (low + high) / 2
+    slope = (field(root - 0.2) - field(root + 0.2)) / 0.4
+    drift.set_lambda(math.exp(root))
+    noise = float(StochasticApproximation(drift, G, clip=1e9, **settings).update(score).gradient.var())
+
+    drift.set_lambda(math.exp(root))
+    approximation = StochasticApproximation(drift, G, clip=1e9, **settings)
+    etas, errors = [], []
+    for stage in range(2000):
+        output = approximation.update(score)
+        if stage >= 300:
+            etas.append(approximation.step_size(int(drift.num_updates)))
+            errors.append(float((output.lam.log() - root).square().mean()))
+    etas, errors = torch.tensor(etas).log(), torch.tensor(errors).log()
+    centred = etas - etas.mean()
+    rate = float((centred * errors).sum() / centred.square().sum())
+    assert 0.8 < rate < 1.2
+    assert float((errors - etas).exp().mean()) == pytest.approx(noise / (2 * slope), rel=0.3)
+
+
+@pytest.mark.parametrize("basis, num_times", [("identity", None), ("dense", None), ("identity", N)])
+def test_data_calibrate_a_biased_score(basis, num_times):
+    """IPF with a score that is too large near the data, as a network's may be: samples take it out again."""
+    data = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0)) * VARIANCE.sqrt().float()
+    one = torch.ones((), dtype=torch.float64)
+
+    def learned(factor, data):
+        drift = AdaptiveDiagonalDrift((2,), basis=basis, num_times=num_times)
+        drift.data_variance.copy_(VARIANCE)
+
+        def score(x, k):
+            variance = process.mean_scale(one, G[k]) ** 2 * VARIANCE + process.variance(one, G[k])
+            return (-(factor if k < 10 else 1.0) * x.double() / variance).float()
+
+        approximation = StochasticApproximation(drift, G, zeta=1.0, update="ipf", num_trajectories=20_000)
+        approximation.update(score, data=data)
+        return drift.lam
+
+    exact = learned(1.0, None)
+    torch.testing.assert_close(learned(1.0, data), exact, rtol=0.05, atol=0.05)
+    if num_times is not None:
+        calibrated, plain = ((learned(1.2, d) - exact).abs().mean() for d in (data, None))
+        assert calibrated < 0.5 * plain

@@ -23,7 +23,8 @@ $A_t \leftarrow A_t + \Sigma_f^{-1} - \Sigma_b^{-1}$, with the covariances of th
 one that starts at the prior. It arrives at the Schrödinger bridge. The simulated steps then have the noise of Gaussian
 data ([`process.gaussian_posterior_variance`]), since any error of their variance would count as a difference of laws.
 With samples of the data it divides $E[\mathrm{score}_i x_i]$ by the same expectation under the forward process, which
-is $-1$ for a perfect network: each stage adds the network's error to $A$, and most of it is common to both sides.
+is $-1$ for a perfect network: each stage adds the score's error to $A$, a large one near the data, and most of it is
+common to both sides.
 Steps along the gradient, at $\zeta = 1$ and one for each time, stop at the first drift that carries the data to the
 prior; at $\zeta < 1$ they stop nowhere.
 

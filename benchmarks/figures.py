@@ -122,7 +122,46 @@ def draw_few_steps() -> None:
     save(figure, "few_evaluations.png")
 
 
+def draw_frontier() -> None:
+    """Straightness against W2 on spiral-8y: VSDM and SGM in every setting measured, flow matching, the paper's."""
+    widths = (2.09, 18.7)  # of spiral-8y, as in the paper's table
+
+    def point(straightness: list[float], w2: float) -> tuple[float, float]:
+        return sum(s / w for s, w in zip(straightness, widths, strict=True)) / 2, w2
+
+    points: dict[str, list[tuple[float, float, str]]] = {}
+    for file in ("toys_table4", "toys_standardized", "toys_default"):
+        record = json.loads((RESULTS / f"{file}.json").read_text())
+        for name, runs in by_name(record).items():
+            if not runs or "checkerboard" in name:
+                continue
+            kind = f"{'SGM' if 'SGM' in name else 'VSDM'}, {'raw axes' if file == 'toys_table4' else 'standardised'}"
+            for run in runs:
+                label = name.replace("spiral-8y ", "").replace("VSDM, ", "")
+                points.setdefault(kind, []).append((*point(run["straightness"], run["w2_standardized"]), label))
+    for run in json.loads((RESULTS / "methods.json").read_text())["runs"]:
+        if run["data"] == "spiral-8y" and "CFM" in run["name"]:
+            metrics = run["metrics"]
+            points.setdefault(run["name"], []).append((*point(metrics["straightness"], metrics["w2_100"]), ""))
+    # the authors' published samples of VSDM-10
+    points["VSDM-10, the authors' samples"] = [(*point([4.7, 31.0], 0.43), ""), (*point([5.9, 39.0], 0.52), "")]
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for kind, places in points.items():
+        drawn = axes.scatter([x for x, *_ in places], [y for _, y, _ in places], s=16, label=kind)
+        for label in sorted({label for *_, label in places} - {""}):
+            x, y, _ = next(place for place in places if place[2] == label)
+            axes.annotate(
+                label, (x, y), (4, 4), textcoords="offset points", fontsize=7, color=drawn.get_facecolor()[0]
+            )
+    axes.set_xlabel("straightness, mean of both axes over their widths")
+    axes.set_ylabel("W2, about 100 calls")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small")
+    save(figure, "frontier.png")
+
+
 if __name__ == "__main__":
+    draw_frontier()
     draw_lambda()
     draw_generation()
     draw_few_steps()

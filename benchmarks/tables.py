@@ -120,6 +120,15 @@ def convergence(record: dict[str, Any]) -> dict[str, Any]:
     return {"runs": rows}
 
 
+def by_data(record: dict[str, Any]) -> dict[str, Any]:
+    """Rows named after data set and method, the data sets together; seeds that not all of them have are left out."""
+    runs = record["runs"]
+    counts = [sum(run["seed"] == seed for run in runs) for seed in sorted({run["seed"] for run in runs})]
+    whole = {seed for seed, count in enumerate(counts) if count == max(counts)}
+    rows = [run | {"name": f"{run['data']}: {run['name']}"} for run in runs if run["seed"] in whole]
+    return {"runs": sorted(rows, key=lambda run: [r["data"] for r in runs].index(run["data"]))}
+
+
 def named(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """The runs of these names alone; a list of errors becomes percentages by stage."""
 
@@ -161,6 +170,16 @@ TABLES: dict[str, tuple] = {
         {"limit of lambda * beta_max, x / y": axes("limit", 1)}
         | {f"{k} stages, %": axes(str(k), 0) for k in (5, 10, 20, 40)},
         convergence,
+    ),
+    "methods": (
+        "methods.json",
+        {f"W2, {calls} calls": each(f"w2_{calls}", 3) for calls in (6, 8, 10, 20, 100)}
+        | {
+            "straightness": each("straightness_standardized", 1),
+            "path energy": each("normalized_path_energy", 2),
+            "training, s": each("seconds", 0),
+        },
+        by_data,
     ),
     "gaussian_ipf": (
         "gaussian.json",

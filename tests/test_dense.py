@@ -177,3 +177,5 @@ def test_only_vectors_have_dense_drifts(shape, lambda_shape):
         AdaptiveDiagonalDrift(shape, lambda_shape, basis="dense")
     with pytest.raises(ValueError, match="positive"):
         dense(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+    with pytest.raises(ValueError, match="symmetric"):
+        dense(torch.tensor([[1.0, 0.2], [0.0, 1.0]]))

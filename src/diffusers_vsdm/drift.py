@@ -180,11 +180,15 @@ class AdaptiveDiagonalDrift(Statistics):
         """
         value = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
         is_matrix = self.turns and value.ndim == 2
+        if is_matrix and (value.shape != self.rotation.shape or not torch.allclose(value, value.T)):
+            raise ValueError(
+                f"`value` must be numbers or a symmetric matrix {tuple(self.rotation.shape)}, got {value.tolist()}."
+            )
         values = torch.linalg.eigvalsh(value) if is_matrix else value
         if not (torch.isfinite(values) & (values > 0)).all():
             raise ValueError(f"`value` must be positive and finite in every entry, got {value.tolist()}.")
         try:
-            value = value.expand(self.matrix.shape if is_matrix else self.lam.shape)
+            value = value if is_matrix else value.expand(self.lam.shape)
         except RuntimeError as error:
             raise ValueError(
                 f"`value` of shape {tuple(value.shape)} does not broadcast to the drift's lambda of shape"

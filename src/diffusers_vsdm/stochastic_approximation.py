@@ -101,7 +101,8 @@ class StochasticApproximation:
             $\lambda$ varies in time.
         batch_size (`int`, *optional*): Trajectories simulated at once. Defaults to all of them.
         step_scale, step_offset, step_power (`float`): $a$, $b$ and $\alpha$ of $\eta_k = a / (k^\alpha + b)$.
-        clip (`float`, defaults to 1.0): The gradient is clipped to [-clip, clip] in each entry.
+        clip (`float`, defaults to 1.0): The gradient is clipped to [-clip, clip] in each entry, or, where the axes turn,
+            in each eigenvalue.
         seed (`int`, defaults to 0): Seed of the trajectories' noise.
 
     Attributes:
@@ -199,8 +200,9 @@ class StochasticApproximation:
             device: Where to simulate.
             process_index, num_processes: This process simulates every `num_processes`-th trajectory.
             reduce_sum: Sums a CPU tensor over the processes.
-            data: For IPF, samples of the data in the model's units, `(n, *event_shape)`, which every trajectory takes
-                one of in turn; at the price of as many network calls again.
+            data: Samples of the data in the model's units, `(n, *event_shape)`, on `device`, of which every trajectory
+                has one in turn: the moment is then divided by the forward process's, see above. It takes as many
+                network calls again.
 
         Returns:
             [`StageOutput`]: moments, step and the new $\lambda$.
@@ -219,11 +221,10 @@ class StochasticApproximation:
             if data is not None:
                 total[2] += self._diffuse(score, batch, data)
         moments = reduce_sum(total) / self.num_trajectories
+        skipped = not bool(torch.isfinite(moments).all())
         score_x, x_x = moments[:2]
-        if data is not None:
+        if data is not None and not skipped:
             score_x = self._calibrated(score_x, moments[2])
-
-        skipped = not bool(torch.isfinite(torch.stack([score_x, x_x])).all())
         is_ipf = self.update_rule == "ipf"
         gradient = torch.zeros_like(score_x) if skipped else self._gradient(score_x, x_x)
         eta = 1.0 if is_ipf else self.step_size(int(drift.num_updates) + 1)

@@ -101,8 +101,8 @@ class StochasticApproximation:
             $\lambda$ varies in time.
         batch_size (`int`, *optional*): Trajectories simulated at once. Defaults to all of them.
         step_scale, step_offset, step_power (`float`): $a$, $b$ and $\alpha$ of $\eta_k = a / (k^\alpha + b)$.
-        clip (`float`, defaults to 1.0): The gradient is clipped to [-clip, clip] in each entry, or, where the axes turn,
-            in each eigenvalue.
+        clip (`float`, defaults to 1.0): The gradient is clipped to [-clip, clip] in each entry, or in each eigenvalue
+            where the axes turn.
         seed (`int`, defaults to 0): Seed of the trajectories' noise.
 
     Attributes:

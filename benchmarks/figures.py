@@ -137,7 +137,7 @@ def draw_frontier() -> None:
                 continue
             kind = f"{'SGM' if 'SGM' in name else 'VSDM'}, {'raw axes' if file == 'toys_table4' else 'standardised'}"
             for run in runs:
-                label = name.replace("spiral-8y ", "").replace("VSDM, ", "")
+                label = name.replace("spiral-8y ", "") if file == "toys_table4" else ""
                 points.setdefault(kind, []).append((*point(run["straightness"], run["w2_standardized"]), label))
     for run in json.loads((RESULTS / "methods.json").read_text())["runs"]:
         if run["data"] == "spiral-8y" and "CFM" in run["name"]:

@@ -6,7 +6,7 @@ Score-based models (lambda = 1) on raw, standardised and whitened data, VSDM in 
 matching with independent and with minibatch-optimal couplings (torchcfm): the same network, batch, number of gradient
 steps, learning rates and averaging of the weights. Few-step samples are those of `trig` for the diffusions; flow
 matching has the better one of Euler's and the midpoint method at each number of calls. Writes
-`benchmarks/results/methods.json`; needs torchcfm.
+`benchmarks/results/methods.json`; needs torchcfm (`pip install -e .[dev]`).
 """
 
 import argparse

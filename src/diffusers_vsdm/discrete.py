@@ -83,4 +83,5 @@ class DiscreteProcess:
     def scales(self, k: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
         r"""$a$ and $s$ of $x_t = a_t x_0 + s_t \epsilon$ at training times `k`, `(n, *shape)`."""
         g, c = self.at(k)
-        return c * process.mean_scale(self.lam, g), c * process.std(self.lam, g)
+        a, s = process.mean_scale(self.lam, g), process.std(self.lam, g)
+        return (c * a, c * s) if self.varies else (a, s)

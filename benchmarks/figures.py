@@ -89,7 +89,7 @@ def draw_generation() -> None:
 
 
 def few_steps(pipeline: VSDMPipeline, outer: int, inner: int) -> Tensor:
-    """Euler's method in `outer` intervals of `inner` steps each, for whose network calls the time of the first stands.
+    """Euler's method on raw axes: `outer` intervals of `inner` steps, and one time for all network calls in an interval.
 
     `inner` of 1 is what 6 or 8 evaluations mean; more is what the authors' program does.
     """
@@ -104,7 +104,7 @@ def few_steps(pipeline: VSDMPipeline, outer: int, inner: int) -> Tensor:
             for _ in range(inner):
                 score = scheduler.get_score(pipeline.unet(x, k).sample, k, x)
                 x = x - dg * process.ode_drift(lam, x, score)
-    return x if pipeline.normalizer is None else pipeline.normalizer.denormalize(x)
+    return x
 
 
 def draw_few_steps() -> None:

@@ -259,8 +259,11 @@ class AdaptiveDiagonalDrift(Statistics):
         # each axis keeps its rank and its sense, so that lambda can be followed over the updates
         ranks = self.lam.argsort(stable=True).argsort()
         values, vectors = values[ranks], vectors[:, ranks]
-        turn = (vectors * torch.where(vectors.diagonal() < 0, -1.0, 1.0)).T
         self.lam.copy_(values)
+        self._turn((vectors * torch.where(vectors.diagonal() < 0, -1.0, 1.0)).T)
+
+    def _turn(self, turn: Tensor) -> None:
+        """Turn the axes, and with them the data's moments."""
         self.rotation.copy_(turn @ self.rotation)
         self.data_mean.copy_(turn @ self.data_mean)
         self.data_covariance.copy_(turn @ self.data_covariance @ turn.T)
@@ -281,11 +284,10 @@ class AdaptiveDiagonalDrift(Statistics):
             )
         if self.config["basis"] == "dense":
             moments = Moments(self._checked(as_batches(data)), full=True)
-            axes = principal_axes(moments.covariance())
-            self.rotation.copy_(axes)
-            self.data_mean.copy_(axes @ moments.mean)
-            self.data_covariance.copy_(axes @ moments.covariance() @ axes.T)
-            self.data_variance.copy_(self.data_covariance.diagonal())
+            self.rotation.copy_(torch.eye(len(moments.mean)))
+            self.data_mean.copy_(moments.mean)
+            self.data_covariance.copy_(moments.covariance())
+            self._turn(principal_axes(moments.covariance()))
             return
         moments = Moments(self._in_basis(self._checked(as_batches(data))))
         mean, variance = moments.pooled(self.event_shape)

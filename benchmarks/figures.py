@@ -89,7 +89,7 @@ def draw_generation() -> None:
 
 
 def few_steps(pipeline: VSDMPipeline, outer: int, inner: int) -> Tensor:
-    """Euler's method on raw axes: `outer` intervals of `inner` steps, and one time for all network calls in an interval.
+    """Euler's method on raw axes: `outer` intervals of `inner` steps, one time for all network calls in an interval.
 
     `inner` of 1 is what 6 or 8 evaluations mean; more is what the authors' program does.
     """

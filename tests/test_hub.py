@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from huggingface_hub import ModelCard, constants
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from diffusers_vsdm import VSDMPipeline
 from diffusers_vsdm.hub.cards import render_card
@@ -185,6 +185,18 @@ def test_what_is_written_by_hand_survives(client, trained):
     record = json.loads((trained / "metrics.json").read_text())
     record["config"]["license"] = "bsd-3-clause"  # as if --license had been given
     assert render_card(trained, record).data.license == "bsd-3-clause"
+
+
+def test_a_hub_that_cannot_be_reached_is_not_one_without_a_card(client, trained, monkeypatch):
+    """Else what was written there by hand would be lost."""
+    publish(trained, "alice/unreachable")
+
+    def fail(*args, **kwargs):
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(HfApi, "hf_hub_download", fail)
+    with pytest.raises(LocalEntryNotFoundError):
+        publish(trained, "alice/unreachable")
 
 
 def test_the_card_s_code_runs_as_printed(hub, client, trained, tmp_path):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from .cards import render_card
 
@@ -72,7 +72,7 @@ def publish(
     if metrics.is_file():
         try:
             published_card = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text()
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:
             published_card = None
         render_card(folder, json.loads(metrics.read_text()), repo_id, published_card)
     commit = api.upload_folder(

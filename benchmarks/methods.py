@@ -5,8 +5,8 @@
 Score-based models (lambda = 1) on raw, standardised and whitened data, VSDM in several settings, and conditional flow
 matching with independent and with minibatch-optimal couplings (torchcfm): the same network, batch, number of gradient
 steps, learning rates and averaging of the weights. Few-step samples are those of `trig` for the diffusions; flow
-matching has the better one of Euler's and the midpoint method at each number of calls. Writes
-`benchmarks/results/methods.json`; needs torchcfm (`pip install -e .[dev]`).
+matching has the better one of Euler's and the midpoint method at each number of calls. Continues
+`benchmarks/results/methods.json`, whose runs it does not repeat; needs torchcfm (`pip install -e .[dev]`).
 """
 
 import argparse
@@ -180,18 +180,22 @@ def run(job: tuple[str, str, int]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Every method on every data set; the record grows as they end."""
+    """Every method on every data set; the record grows as they end, and is continued where it was left."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     seeds = parser.parse_args().seeds
     from diffusers_vsdm.trainer.report import versions
 
-    jobs = [(name, method, seed) for seed in seeds for name in DATA for method in METHODS]
+    path = RESULTS / "methods.json"
     record: dict[str, Any] = {"command": "python -m benchmarks.methods", "versions": versions(), "runs": []}
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+    if path.exists():
+        record["runs"] = json.loads(path.read_text())["runs"]
+    done = {(known["data"], known["name"], known["seed"]) for known in record["runs"]}
+    jobs = [job for seed in seeds for name in DATA for method in METHODS if (job := (name, method, seed)) not in done]
+    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:
         for result in pool.imap(run, jobs, chunksize=1):
             record["runs"].append(result)
-            (RESULTS / "methods.json").write_text(json.dumps(record, indent=1) + "\n")
+            path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
     python -m benchmarks.toys budget           # how many stages
     python -m benchmarks.toys default          # the README's command, in few steps
     python -m benchmarks.toys standardized     # the README's command, over zeta, beside a score-based model
+    python -m benchmarks.toys search           # one setting changed at a time, to choose the defaults
 
 Every run is a training run with the package's own trainer, in a process of its own. A study writes a JSON record to
 `benchmarks/results/`; `python -m benchmarks.tables` makes the tables of the docs from the records. The models of
@@ -36,6 +37,18 @@ METHODS = {
     "VSDM-20": {"beta_max": 20.0},
 }
 STANDARDIZED = {"standardize": True, "prior_type": "marginal"}
+CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    *({"zeta": zeta} for zeta in (0.5, 0.6, 0.9, 1.0)),
+    *({"beta_max": beta} for beta in (5.0, 7.0, 14.0, 20.0)),
+    *({"weighting": name} for name in ("score", "likelihood", "min_snr")),
+    *({"time_sampling": name} for name in ("log_snr", "likelihood")),
+    *({"prediction_type": name} for name in ("v_prediction", "sample")),
+    {"prior_type": "conditional"},
+    {"standardize": False},
+    {"standardize": False, "prior_type": "conditional"},
+    {"basis": "dense"},
+)
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "table4": {
         f"{toy} {method}": PAPER | {"dataset_name": toy} | settings
@@ -68,6 +81,16 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "standardized": {
         "SGM": STANDARDIZED | {"baseline": "sgm"},
         **{f"VSDM, zeta {zeta}": STANDARDIZED | {"zeta": zeta} for zeta in (0.6, 0.75, 0.9)},
+    },
+    "search": {
+        f"{toy}: {', '.join(f'{key} {value}' for key, value in change.items()) or 'default'}": {
+            "dataset_name": toy,
+            "train_batch_size": 256,
+        }
+        | STANDARDIZED
+        | change
+        for change in CHANGES
+        for toy in ("spiral-8y", "checkerboard-6x")
     },
 }
 

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from diffusers_vsdm.objectives import WEIGHTINGS, denoising_score_matching
+from diffusers_vsdm import VSDMScheduler
+from diffusers_vsdm.objectives import TIME_SAMPLINGS, WEIGHTINGS, denoising_score_matching, time_probabilities
 from diffusers_vsdm.schedulers.parameterization import PARAMETERIZATIONS
 
 from .problems import ANISOTROPIC, scheduler_for
@@ -76,3 +79,47 @@ def test_unknown_weighting():
     x0, eps = batch()
     with pytest.raises(ValueError, match="weighting"):
         denoising_score_matching(scheduler_for(ANISOTROPIC), eps, x0, eps, K, "edm")
+
+
+@pytest.mark.parametrize("sampling", TIME_SAMPLINGS)
+def test_times_are_drawn_as_often_as_the_objective_says(sampling):
+    """A mean over drawn times is the mean over all times with these weights."""
+    scheduler = scheduler_for(ANISOTROPIC)
+    p = time_probabilities(scheduler, sampling)
+    assert p.shape == (100,) and float(p.sum()) == pytest.approx(1)
+    lam, g = ANISOTROPIC.lam.mean(), scheduler.integrated_beta
+    noise_to_signal = torch.expm1(lam * g) / lam  # s^2 / a^2
+    slope = {
+        "uniform": torch.ones(100),
+        "log_snr": torch.gradient(noise_to_signal.log())[0],
+        "likelihood": torch.diff(g, prepend=g[:1] * 0) * lam / -torch.expm1(-lam * g),
+    }[sampling].double()
+    torch.testing.assert_close(p, slope / slope.sum(), rtol=1e-9, atol=0)
+
+
+def test_importance_sampling_of_times_is_the_likelihood_weighting():
+    """Drawn by beta / s^2 and weighted by 1 is drawn uniformly and weighted by beta / s^2, up to a constant."""
+    torch.manual_seed(0)
+    scheduler = scheduler_for(replace(ANISOTROPIC, lam=torch.full((3,), 0.8, dtype=torch.float64)))
+    everywhere = torch.arange(100)
+    x0, eps = torch.randn(100, 3).double(), torch.randn(100, 3).double()
+    wrong = eps + torch.randn(100, 3).double()
+    p = time_probabilities(scheduler, "likelihood")
+    errors = torch.stack(
+        [
+            denoising_score_matching(scheduler, wrong[k : k + 1], x0[k : k + 1], eps[k : k + 1], everywhere[k : k + 1])
+            for k in everywhere
+        ]
+    )
+    weighted = denoising_score_matching(scheduler, wrong, x0, eps, everywhere, "likelihood")
+    _, s = scheduler.marginal_scales(x0, everywhere)
+    constant = (scheduler.rates(everywhere)[:, None] / s**2).mean()
+    assert float((p * errors).sum() * constant) == pytest.approx(float(weighted), rel=2e-4)  # rates are in float32
+
+
+def test_no_log_snr_without_a_signal():
+    scheduler = VSDMScheduler(rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match="no.*at its last"):
+        time_probabilities(scheduler, "log_snr")
+    with pytest.raises(ValueError, match="time_sampling"):
+        time_probabilities(scheduler, "cosine")

@@ -10,7 +10,7 @@ from diffusers.optimization import SchedulerType
 from ..data import TOYS
 from ..drift import AVERAGES, BASES
 from ..models import UNETS
-from ..objectives import WEIGHTINGS
+from ..objectives import TIME_SAMPLINGS, WEIGHTINGS
 from ..schedulers.parameterization import PARAMETERIZATIONS
 from ..schedulers.scheduling_vsdm import BETA_SCHEDULES, PRIORS
 from ..solvers import SOLVERS
@@ -99,6 +99,7 @@ class TrainingConfig:
     adam_weight_decay: float = _setting(1e-6, "Weight decay of AdamW.")
     max_grad_norm: float = _setting(1.0, "Largest norm of the gradient.")
     weighting: str = _setting("simple", "Weighting of the score matching loss.", WEIGHTINGS)
+    time_sampling: str = _setting("uniform", "How often each training time is drawn.", TIME_SAMPLINGS)
     use_ema: bool = _setting(True, "Save the exponential moving average of the weights.")
     ema_max_decay: float = _setting(0.999, "Decay of that average.")
 

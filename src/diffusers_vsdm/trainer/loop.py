@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
 from ..normalizer import DataNormalizer
-from ..objectives import denoising_score_matching
+from ..objectives import denoising_score_matching, time_probabilities
 from ..pipelines import VSDMPipeline
 from ..schedulers import VSDMScheduler
 from ..stochastic_approximation import StageOutput, StochasticApproximation
@@ -168,6 +168,7 @@ class Trainer:
         self.ema = self._new_ema(STAGE_EMA_DECAY if config.stage_steps else config.ema_max_decay)
         self.step = 0
         self.lambdas = [self.drift.lam.clone()]
+        self._times: tuple[Any, Tensor] | None = None  # their probabilities, and since when
         self.losses: list[Tensor] = []
         self.seconds = self.sa_seconds = 0.0
         if config.resume_from_checkpoint:
@@ -257,11 +258,22 @@ class Trainer:
         mine = slice(len(sample) * self.accelerator.process_index, len(sample) * (self.accelerator.process_index + 1))
         draw: dict[str, Any] = {"generator": self.generator, "device": sample.device}
         noise = torch.randn((whole, *sample.shape[1:]), **draw)[mine]
-        timesteps = torch.randint(len(self.scheduler), (whole,), **draw)[mine]
+        timesteps = self._draw_times(whole)[mine]
         if self.config.random_flip:
             mirrored = torch.rand(whole, **draw)[mine] < 0.5
             sample = torch.where(mirrored.reshape(-1, *[1] * (sample.ndim - 1)), sample.flip(-1), sample)
         return sample if self.normalizer is None else self.normalizer.normalize(sample), noise, timesteps
+
+    def _draw_times(self, number: int) -> Tensor:
+        if self.config.time_sampling == "uniform":
+            return torch.randint(
+                len(self.scheduler), (number,), generator=self.generator, device=self.accelerator.device
+            )
+        stage = len(self.lambdas), self.step >= self.config.adaptive_steps
+        if self._times is None or self._times[0] != stage:
+            weights = time_probabilities(self.scheduler, self.config.time_sampling)
+            self._times = stage, weights.float().to(self.accelerator.device)
+        return torch.multinomial(self._times[1], number, replacement=True, generator=self.generator)
 
     def _batches(self) -> Iterator[tuple[int, Tensor]]:
         """Numbered batches from where the run stands."""

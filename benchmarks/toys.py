@@ -42,7 +42,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
     *({"zeta": zeta} for zeta in (0.5, 0.6, 0.9, 1.0)),
     *({"beta_max": beta} for beta in (5.0, 7.0, 14.0, 20.0)),
     *({"weighting": name} for name in ("score", "likelihood", "min_snr")),
-    *({"time_sampling": name} for name in ("log_snr", "likelihood")),
+    {"time_sampling": "log_snr"},
     *({"prediction_type": name} for name in ("v_prediction", "sample")),
     {"prior_type": "conditional"},
     {"standardize": False},

@@ -60,6 +60,7 @@ def assert_same(a, b):
         {"mixed_precision": "bf16", "lr_scheduler": "constant_with_warmup"},
         {"basis": "dense"},
         {"lambda_varies": True, "zeta": 1.0},
+        {"time_sampling": "log_snr"},
     ],
 )
 @pytest.mark.parametrize("stop", [7, 32, 35])  # between stages, at the freezing of lambda, after it

@@ -31,24 +31,23 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor] | None] = {
     "min_snr": lambda a, s, beta: (MIN_SNR_GAMMA * (s / a) ** 2).clamp(max=1),
 }
 
-# (a, s, beta) at all training times to how often each is drawn
-TIME_SAMPLINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "uniform": lambda a, s, beta: torch.ones_like(s),
-    "log_snr": lambda a, s, beta: torch.gradient((s / a).log())[0],
-    "likelihood": lambda a, s, beta: beta * s**-2,
+# (s^2, beta) at all training times to how often each is drawn
+TIME_SAMPLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "uniform": lambda s2, beta: torch.ones_like(s2),
+    "log_snr": lambda s2, beta: beta / s2,
 }
 
 
 def time_probabilities(scheduler: VSDMScheduler, sampling: str) -> Tensor:
     r"""How often each training time is drawn, by the process at the mean of all $\lambda$; `(N,)` in float64.
 
-    The loss is not divided by it: the times are part of the objective. `likelihood` with the weighting `epsilon` is
-    importance sampling of the weighting `likelihood` (Song et al. 2021, Eq. 21).
+    The loss is not divided by it: the times are part of the objective. Since $d \log(s^2 / a^2) = \beta / s^2 dt$,
+    times that are uniform in the log-SNR, with the weighting `epsilon`, are importance sampling of the weighting
+    `likelihood` (Song et al. 2021, Eq. 21).
 
     Args:
         scheduler ([`VSDMScheduler`]): The process.
-        sampling (`str`): Key of [`TIME_SAMPLINGS`]: `uniform`, `log_snr` (uniform in the log-SNR) or `likelihood`
-            (by $\beta / s^2$).
+        sampling (`str`): Key of [`TIME_SAMPLINGS`]: `uniform`, or `log_snr` for uniform in the log-SNR.
 
     Raises:
         ValueError: The name is not known, or there is no signal at the last time.
@@ -57,10 +56,11 @@ def time_probabilities(scheduler: VSDMScheduler, sampling: str) -> Tensor:
         raise ValueError(f"`time_sampling` must be one of {tuple(TIME_SAMPLINGS)}, got {sampling!r}.")
     g = scheduler.integrated_beta
     lam = torch.ones_like(g[0]) if scheduler.drift is None else scheduler.drift.lam.mean()
-    a, s = process.mean_scale(lam, g), process.std(lam, g)
-    density = TIME_SAMPLINGS[sampling](a, s, torch.diff(g, prepend=g.new_zeros(1)))
+    density = TIME_SAMPLINGS[sampling](process.variance(lam, g), torch.diff(g, prepend=g.new_zeros(1)))
     if not torch.isfinite(density).all():
-        raise ValueError(f"`time_sampling` {sampling!r} needs a signal at every time: this table has none at its last.")
+        raise ValueError(
+            f"`time_sampling` {sampling!r} needs a signal at every time: this table has none at its last."
+        )
     return density / density.sum()
 
 

@@ -29,6 +29,19 @@ def integrated_beta_at(k: np.ndarray | Tensor, table: Tensor) -> Tensor:
     return torch.where(k < 0, 0.0, torch.where(position == below, table[below], between))
 
 
+def training_time_at(g: Tensor, table: Tensor) -> Tensor:
+    """The training time k, fractional, at which the integrated beta is `g`: [`integrated_beta_at`] the other way.
+
+    Args:
+        g: Between the table's first and last entry, any shape.
+        table: g at the N training times, increasing and finite, `(N,)`.
+    """
+    log = table.log()
+    above = torch.searchsorted(table, g.to(table).contiguous()).clamp(1, len(table) - 1)
+    share = (g.to(table).log() - log[above - 1]) / (log[above] - log[above - 1])
+    return above - 1 + share.clamp(0, 1)
+
+
 class DiscreteProcess:
     r"""Rates and their clock, elementwise: $x_t = c_t y_t$ with $y$ a process of constant rate `lam` at some $g_t$.
 

@@ -77,6 +77,14 @@ def log_snr(lam: Tensor, g: Tensor) -> Tensor:
     return torch.where(lam == 0, 0.0, -lam * g) - variance(lam, g).log()
 
 
+def time_of_log_snr(lam: Tensor, log_snr: Tensor) -> Tensor:
+    r"""The $g$ at which [`log_snr`] has this value: $\log(1 + \lambda e^{-\ell}) / \lambda$."""
+    safe = torch.where(lam == 0, 1.0, lam)
+    noise = torch.exp(-log_snr)
+    # log(1 + z) as softplus of log z, which does not overflow
+    return torch.where(lam == 0, noise, torch.nn.functional.softplus(safe.log() - log_snr) / safe)
+
+
 def conditional_score(eps: Tensor, s: Tensor) -> Tensor:
     r"""$\nabla \log p(x_t | x_0) = -\epsilon / s_t$ (Eq. 15); with $\hat\epsilon$ of a network, its score."""
     return -eps / s

@@ -25,6 +25,7 @@ from .forward_process import ForwardProcess, at_least_float32, check_agree
 from .grids import SPACINGS, TIME_GRIDS, continuous_grid, custom_grid, inference_grid
 from .marginals import log_sigma
 from .parameterization import PARAMETERIZATIONS
+from .prior import GaussianPrior
 from .tables import LEARNED, VARIANCE_TYPES, Call, combine, learned_std, make_calls
 
 
@@ -234,7 +235,7 @@ class VSDMScheduler(ForwardProcess):
         self._prior_was_used = True
         if self._drift is None:
             return 1.0
-        std = self._prior_moments()[1]
+        std = self.prior(timestep=self._grid[0]).std
         if self._drift.config["basis"] != "identity":
             std = std.square().mean().sqrt()  # a pipeline multiplies pixels
         return std.to(self.timesteps.device, torch.float32)
@@ -360,18 +361,37 @@ class VSDMScheduler(ForwardProcess):
 
     # Sampling ------------------------------------------------------------------------------------------------
 
-    def _prior_moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the first sample, at the first timestep of the run; float64."""
-        lam, (g, scale), drift = self._rates().lam, self._rates().at(self._grid[:1]), self._drift
-        g, scale = g[0], scale[0]
+    def prior(
+        self,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float64,
+        timestep: int | float | None = None,
+    ) -> GaussianPrior:
+        """The law of the first sample (`prior_type`).
+
+        Args:
+            device, dtype: Of its tensors.
+            timestep (`int` or `float`, *optional*): The training time that it stands at. Defaults to the last one.
+        """
+        lam, drift = self._rates().lam, self._drift
+        at = np.array([len(self) - 1 if timestep is None else timestep])
+        g, scale = (x[0] for x in self._rates().at(at))
+        factor = None
         if self._internal_dict["prior_type"] == "marginal":
             if drift is None:
                 raise ValueError("`prior_type` 'marginal' needs a drift with the data's moments: see `set_drift`.")
             mean, variance = process.marginal_moments(lam, g, drift.data_mean, drift.data_variance)
-            return scale * mean, scale * variance.sqrt()
-        # without a drift N(0, I), where stock schedulers start
-        s = torch.ones_like(lam) if drift is None else scale * process.std(lam, g)
-        return torch.zeros_like(s), s
+            mean, std = scale * mean, scale * variance.sqrt()
+            if drift.turns:  # the data's own axes need not be the drift's
+                a, s = (scale[0].expand(drift.event_shape) for scale in self._rates().scales(at))
+                factor = torch.linalg.cholesky(torch.outer(a, a) * drift.data_covariance + torch.diag(s**2))
+        else:
+            # without a drift N(0, I), where stock schedulers start
+            std = torch.ones_like(lam) if drift is None else scale * process.std(lam, g)
+            mean = torch.zeros_like(std)
+        basis = IdentityBasis() if drift is None else drift.basis(device, dtype)
+        place = torch.device(device), dtype
+        return GaussianPrior(mean.to(*place), std.to(*place), basis, factor if factor is None else factor.to(*place))
 
     def sample_prior(
         self,
@@ -390,17 +410,8 @@ class VSDMScheduler(ForwardProcess):
         noise = randn_tensor(tuple(shape), generator=generator, device=torch.device(device or "cpu"), dtype=dtype)
         self._check_event(noise, "shape")
         self._prior_was_used = True
-        mean, std = (moment.to(noise.device, torch.float32) for moment in self._prior_moments())
-        if self._drift is None:
-            return (mean + std * noise).to(dtype)
-        basis = self._drift.basis(noise.device, torch.float32)
-        white = basis.to_basis(noise.float())
-        if self._drift.turns and self._internal_dict["prior_type"] == "marginal":
-            # the data's own axes need not be the drift's
-            a, s = (scale[0].expand(self._drift.event_shape) for scale in self._rates().scales(self._grid[:1]))
-            factor = torch.linalg.cholesky(torch.outer(a, a) * self._drift.data_covariance + torch.diag(s**2))
-            return basis.from_basis(mean + white @ factor.T.to(white)).to(dtype)
-        return basis.from_basis(mean + std * white).to(dtype)
+        exact = at_least_float32(dtype)
+        return self.prior(noise.device, exact, self._grid[0]).sample(noise.to(exact)).to(dtype)
 
     def fit_moments(self, data: Tensor | Iterable[Tensor], basis: str = "dct") -> None:
         r"""Start from the marginal prior $N(a_T m, a_T^2 v + s_T^2)$ of this data from now on.

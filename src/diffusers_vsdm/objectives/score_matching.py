@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import process
-from .schedulers import VSDMScheduler
+from .. import process
+from ..schedulers import VSDMScheduler
 
 
 MIN_SNR_GAMMA = 5.0

@@ -27,6 +27,7 @@ TINY = {
     "model_width": 16,
     "model_num_blocks": 1,
     "num_eval_samples": 200,
+    "num_likelihood_samples": 0,
 }
 
 
@@ -253,7 +254,7 @@ def launched(tmp_path_factory):
     flags = [f"--{name}={value}" for name, value in TINY.items()]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", str(SCRIPT)]
     command += [f"--output_dir={folder}", "--standardize", "--logger=tensorboard", "--logging_steps=10", *flags]
-    command += ["--validation_steps=30"]
+    command += ["--validation_steps=30", "--num_likelihood_samples=20"]
     subprocess.run(
         command, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, timeout=120
     )
@@ -278,9 +279,35 @@ def test_tensorboard_has_loss_lambda_and_pictures(launched):
         scalars |= set(events.Tags()["scalars"])
         pictures |= {name: events.Images(name) for name in events.Tags()["images"]}
     assert {"loss", "lr", "lambda/0", "lambda/1", "moment/0"} <= scalars
+    assert {"likelihood/nll", "likelihood/bound", "likelihood/prior_loss", "likelihood/drift_matching"} <= scalars
     assert [picture.step for picture in pictures["samples"]] == [30, 60]
     shown, stored = io.BytesIO(pictures["samples"][1].encoded_image_string), launched / "validation" / "step-60.png"
     assert np.array_equal(np.asarray(Image.open(shown)), np.asarray(Image.open(stored)))
+
+
+def test_the_likelihood_is_in_the_card_and_measured_again_by_the_command_line(launched, tmp_path):
+    told = json.loads((launched / "metrics.json").read_text())["metrics"]["likelihood"]
+    card = (launched / "README.md").read_text()
+    assert f"| {told['nll']:.3f} ± {told['nll_standard_error']:.3f} |" in card
+    assert f"prior loss | {told['prior_loss']:.3f} ±" in card and f"matching | {told['drift_matching']:.3f} ±" in card
+    assert told["bound"] == pytest.approx(told["prior_loss"] + told["drift_matching"] + told["reconstruction"])
+    command = [sys.executable, str(SCRIPT.with_name("evaluate.py")), "--likelihood", "--dataset_name=spiral-8y"]
+    command += [f"--pretrained_model_name_or_path={launched}", f"--num_samples={told['num_samples']}"]
+    command += [f"--output_file={tmp_path / 'record.json'}"]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert outcome.returncode == 0, outcome.stderr
+    again = json.loads((tmp_path / "record.json").read_text())["metrics"]
+    assert again["nll"] == pytest.approx(told["nll"], rel=1e-5)  # the same points
+    assert f"nll: {again['nll']:.4f} ± {again['nll_standard_error']:.4f}" in outcome.stdout
+
+
+def test_a_likelihood_that_cannot_be_had_costs_no_model(monkeypatch):
+    def fail(*_, **__):
+        raise FloatingPointError("The solver cannot keep to its tolerances")
+
+    monkeypatch.setattr(loop, "measure_likelihood", fail)
+    result = train(tiny(num_likelihood_samples=20))
+    assert result.likelihood is None and result.pipeline.unet is not None
 
 
 def test_wandb_gets_the_same(tmp_path, monkeypatch):

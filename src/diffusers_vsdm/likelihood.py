@@ -27,7 +27,7 @@ from .schedulers import VSDMScheduler
 
 
 LEVELS = 256  # of an image's values
-MOST_STEPS = 2000
+MOST_STEPS = 500  # some ten times what a trained network takes
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ def render_card(
     name = folder.resolve().name if repo_id is None else repo_id.split("/")[-1]
     rows = [(label, metrics[key]) for key, label in METRIC_NAMES.items() if key in metrics]
     rows += [(f"straightness, dimension {i}", value) for i, value in enumerate(metrics.get("straightness", []))]
+    likelihood = [("negative log-likelihood, nats", metrics["likelihood"]["nll"])] if "likelihood" in metrics else []
     data = ModelCardData(
         license=config["license"] or ("apache-2.0" if is_toy else None),
         library_name="diffusers",
@@ -54,7 +55,7 @@ def render_card(
                 metric_type=label,
                 metric_value=round(value, 4),
             )
-            for label, value in rows
+            for label, value in rows + likelihood
         ]
         or None,
     )

@@ -22,9 +22,9 @@ SCRIPT = "training/train_vsdm.py"
 # what may differ between the parts of a resumed run
 INCIDENTAL = (
     "output_dir overwrite_output_dir cache_dir num_eval_samples num_eval_steps eval_batch_size"
-    " ddpm_num_inference_steps validation_steps logger logging_steps logging_dir checkpointing_steps"
-    " checkpoints_total_limit resume_from_checkpoint license push_to_hub hub_model_id hub_private_repo hub_revision"
-    " hub_tag"
+    " num_likelihood_samples ddpm_num_inference_steps validation_steps logger logging_steps logging_dir"
+    " checkpointing_steps checkpoints_total_limit resume_from_checkpoint license push_to_hub hub_model_id"
+    " hub_private_repo hub_revision hub_tag"
 ).split()
 # of this machine and this run alone: not for others' eyes
 LOCAL = "output_dir overwrite_output_dir cache_dir logging_dir resume_from_checkpoint".split()
@@ -33,7 +33,8 @@ BASELINES = ("none", "sgm")
 LAMBDA_PER = ("all", "channel", "element")
 
 
-def _setting(default: Any, text: str, choices: Any = None) -> Any:
+def setting(default: Any, text: str, choices: Any = None) -> Any:
+    """A field with its help."""
     metadata = {"help": text} if choices is None else {"help": text, "choices": list(choices)}
     return field(default=default, metadata=metadata)
 
@@ -42,103 +43,104 @@ def _setting(default: Any, text: str, choices: Any = None) -> Any:
 class TrainingConfig:
     """Settings of a run, with the names of Diffusers' `train_unconditional.py` where it has them."""
 
-    output_dir: str = _setting("vsdm-model", "Folder for the pipeline, its metrics, pictures and card.")
-    overwrite_output_dir: bool = _setting(False, "Write into a folder that exists and is not empty.")
-    dataset_name: str = _setting("spiral-8y", f"An image data set on the Hub, or a toy: {', '.join(TOYS)}.")
-    num_train_samples: int = _setting(100_000, "Points drawn from a toy distribution as the training set.")
-    dataset_config_name: str = _setting("", "Configuration of the data set on the Hub.")
-    train_data_dir: str = _setting("", "Folder of images or of parquet files, instead of a name.")
-    cache_dir: str = _setting("", "Folder for downloaded data sets, instead of the library's own.")
-    image_column: str = _setting("", "Column of the images; by default image, img, images or pixel_values.")
-    channels: int = _setting(3, "Channels of images: 1 for grayscale, 3 for colour, or as many as arrays have.")
-    resolution: int = _setting(0, "Size that images are resized and cropped to; 0 to take them as they are.")
-    max_train_samples: int = _setting(0, "Images to use, the first ones; 0 for all.")
-    random_flip: bool = _setting(False, "Mirror images at random.")
-    dataloader_num_workers: int = _setting(0, "Processes that read images.")
-    seed: int = _setting(0, "Seed of the data, the network, the noise and the simulations.")
+    output_dir: str = setting("vsdm-model", "Folder for the pipeline, its metrics, pictures and card.")
+    overwrite_output_dir: bool = setting(False, "Write into a folder that exists and is not empty.")
+    dataset_name: str = setting("spiral-8y", f"An image data set on the Hub, or a toy: {', '.join(TOYS)}.")
+    num_train_samples: int = setting(100_000, "Points drawn from a toy distribution as the training set.")
+    dataset_config_name: str = setting("", "Configuration of the data set on the Hub.")
+    train_data_dir: str = setting("", "Folder of images or of parquet files, instead of a name.")
+    cache_dir: str = setting("", "Folder for downloaded data sets, instead of the library's own.")
+    image_column: str = setting("", "Column of the images; by default image, img, images or pixel_values.")
+    channels: int = setting(3, "Channels of images: 1 for grayscale, 3 for colour, or as many as arrays have.")
+    resolution: int = setting(0, "Size that images are resized and cropped to; 0 to take them as they are.")
+    max_train_samples: int = setting(0, "Images to use, the first ones; 0 for all.")
+    random_flip: bool = setting(False, "Mirror images at random.")
+    dataloader_num_workers: int = setting(0, "Processes that read images.")
+    seed: int = setting(0, "Seed of the data, the network, the noise and the simulations.")
 
     # process
-    baseline: str = _setting(
+    baseline: str = setting(
         "none", "`sgm` freezes lambda at 1: a score-based model without a learned drift.", BASELINES
     )
-    standardize: bool = _setting(False, "Train on data of mean 0 and standard deviation 1 in each dimension.")
-    prior_type: str = _setting("marginal", "Law of the first sample.", PRIORS)
-    ddpm_beta_schedule: str = _setting(POWER_LAW, "Table of betas.", (POWER_LAW, *BETA_SCHEDULES))
-    beta_min: float = _setting(0.1, "Smallest rate of the power law, per unit of time.")
-    beta_max: float = _setting(10.0, "Largest rate of the power law, per unit of time.")
-    beta_power: float = _setting(1.7, "Exponent of the power law.")
-    ddpm_num_steps: int = _setting(100, "Training times N.")
-    prediction_type: str = _setting("epsilon", "What the network predicts.", PARAMETERIZATIONS)
-    basis: str = _setting(
+    standardize: bool = setting(False, "Train on data of mean 0 and standard deviation 1 in each dimension.")
+    prior_type: str = setting("marginal", "Law of the first sample.", PRIORS)
+    ddpm_beta_schedule: str = setting(POWER_LAW, "Table of betas.", (POWER_LAW, *BETA_SCHEDULES))
+    beta_min: float = setting(0.1, "Smallest rate of the power law, per unit of time.")
+    beta_max: float = setting(10.0, "Largest rate of the power law, per unit of time.")
+    beta_power: float = setting(1.7, "Exponent of the power law.")
+    ddpm_num_steps: int = setting(100, "Training times N.")
+    prediction_type: str = setting("epsilon", "What the network predicts.", PARAMETERIZATIONS)
+    basis: str = setting(
         "identity",
         "Basis in which the drift is diagonal; dct is for images, dense, which is learned, for vectors.",
         BASES,
     )
-    lambda_per: str = _setting("element", "One lambda for all dimensions, per channel, or per element.", LAMBDA_PER)
-    lambda_varies: bool = _setting(False, "A lambda for each training time; needs zeta 1.")
-    solver: str = _setting("heun", "Solver that the saved pipeline samples with.", SOLVERS)
+    lambda_per: str = setting("element", "One lambda for all dimensions, per channel, or per element.", LAMBDA_PER)
+    lambda_varies: bool = setting(False, "A lambda for each training time; needs zeta 1.")
+    solver: str = setting("heun", "Solver that the saved pipeline samples with.", SOLVERS)
 
     # network and its optimization
-    model: str = _setting("auto", "Network; auto is mlp for vectors and tiny for images.", ("auto", "mlp", *UNETS))
-    model_config_name_or_path: str = _setting("", "Configuration of a UNet2DModel, instead.")
-    pretrained_model_name_or_path: str = _setting("", "A DDPM pipeline to start from: its network and table of betas.")
-    model_width: int = _setting(128, "Width of the mlp's hidden layers.")
-    model_num_blocks: int = _setting(3, "Residual blocks of the mlp.")
-    max_train_steps: int = _setting(12_000, "Gradient steps.")
-    num_epochs: int = _setting(0, "Passes over the data, instead of a number of steps.")
-    train_batch_size: int = _setting(512, "Samples in a batch, per process.")
-    gradient_accumulation_steps: int = _setting(1, "Batches whose gradients are added up for a step.")
-    learning_rate: float = _setting(2e-3, "Peak learning rate of AdamW.")
-    lr_scheduler: str = _setting(
-        "cosine", "Learning-rate schedule, as in Diffusers.", [s.value for s in SchedulerType]
-    )
-    lr_warmup_steps: int = _setting(200, "Steps over which the learning rate rises.")
-    adam_beta1: float = _setting(0.9, "Decay of AdamW's mean gradient.")
-    adam_beta2: float = _setting(0.999, "Decay of AdamW's mean squared gradient.")
-    adam_epsilon: float = _setting(1e-8, "Added to AdamW's root mean square.")
-    adam_weight_decay: float = _setting(1e-6, "Weight decay of AdamW.")
-    max_grad_norm: float = _setting(1.0, "Largest norm of the gradient.")
-    weighting: str = _setting("simple", "Weighting of the score matching loss.", WEIGHTINGS)
-    time_sampling: str = _setting("uniform", "How often each training time is drawn.", TIME_SAMPLINGS)
-    use_ema: bool = _setting(True, "Save the exponential moving average of the weights.")
-    ema_max_decay: float = _setting(0.999, "Decay of that average.")
+    model: str = setting("auto", "Network; auto is mlp for vectors and tiny for images.", ("auto", "mlp", *UNETS))
+    model_config_name_or_path: str = setting("", "Configuration of a UNet2DModel, instead.")
+    pretrained_model_name_or_path: str = setting("", "A DDPM pipeline to start from: its network and table of betas.")
+    model_width: int = setting(128, "Width of the mlp's hidden layers.")
+    model_num_blocks: int = setting(3, "Residual blocks of the mlp.")
+    max_train_steps: int = setting(12_000, "Gradient steps.")
+    num_epochs: int = setting(0, "Passes over the data, instead of a number of steps.")
+    train_batch_size: int = setting(512, "Samples in a batch, per process.")
+    gradient_accumulation_steps: int = setting(1, "Batches whose gradients are added up for a step.")
+    learning_rate: float = setting(2e-3, "Peak learning rate of AdamW.")
+    lr_scheduler: str = setting("cosine", "Learning-rate schedule, as in Diffusers.", [s.value for s in SchedulerType])
+    lr_warmup_steps: int = setting(200, "Steps over which the learning rate rises.")
+    adam_beta1: float = setting(0.9, "Decay of AdamW's mean gradient.")
+    adam_beta2: float = setting(0.999, "Decay of AdamW's mean squared gradient.")
+    adam_epsilon: float = setting(1e-8, "Added to AdamW's root mean square.")
+    adam_weight_decay: float = setting(1e-6, "Weight decay of AdamW.")
+    max_grad_norm: float = setting(1.0, "Largest norm of the gradient.")
+    weighting: str = setting("simple", "Weighting of the score matching loss.", WEIGHTINGS)
+    time_sampling: str = setting("uniform", "How often each training time is drawn.", TIME_SAMPLINGS)
+    use_ema: bool = setting(True, "Save the exponential moving average of the weights.")
+    ema_max_decay: float = setting(0.999, "Decay of that average.")
 
     # stochastic approximation
-    zeta: float = _setting(0.75, "The paper's zeta, in (0, 1].")
-    zeta_placement: str = _setting("divergence", "Term of the loss for lambda that zeta multiplies.", GRADIENTS)
-    sa_update: str = _setting("gradient", "Step along the gradient, or to its root: ipf needs zeta 1.", UPDATES)
-    sa_stages: int = _setting(40, "Stages of stochastic approximation, evenly spaced before lambda is frozen.")
-    sa_trajectories: int = _setting(256, "Simulated trajectories in a stage.")
-    sa_steps: int = _setting(0, "Steps of a trajectory; 0 for about 13 per unit of integrated beta.")
-    sa_batch_size: int = _setting(0, "Trajectories simulated at once; 0 for all.")
-    sa_prior: str = _setting("standard", "Law from which a stage simulates.", SIMULATION_PRIORS)
-    sa_step_scale: float = _setting(3.0, "a of the step size a / (k^alpha + b).")
-    sa_step_offset: float = _setting(3.0, "b of the step size.")
-    sa_step_power: float = _setting(0.6, "alpha of the step size, in (0.5, 1].")
-    sa_average: str = _setting("polyak", "Average of the iterates that lambda is frozen at.", AVERAGES)
-    frozen_fraction: float = _setting(0.2, "Share of the steps, at the end, with lambda frozen at its average.")
+    zeta: float = setting(0.75, "The paper's zeta, in (0, 1].")
+    zeta_placement: str = setting("divergence", "Term of the loss for lambda that zeta multiplies.", GRADIENTS)
+    sa_update: str = setting("gradient", "Step along the gradient, or to its root: ipf needs zeta 1.", UPDATES)
+    sa_stages: int = setting(40, "Stages of stochastic approximation, evenly spaced before lambda is frozen.")
+    sa_trajectories: int = setting(256, "Simulated trajectories in a stage.")
+    sa_steps: int = setting(0, "Steps of a trajectory; 0 for about 13 per unit of integrated beta.")
+    sa_batch_size: int = setting(0, "Trajectories simulated at once; 0 for all.")
+    sa_prior: str = setting("standard", "Law from which a stage simulates.", SIMULATION_PRIORS)
+    sa_step_scale: float = setting(3.0, "a of the step size a / (k^alpha + b).")
+    sa_step_offset: float = setting(3.0, "b of the step size.")
+    sa_step_power: float = setting(0.6, "alpha of the step size, in (0.5, 1].")
+    sa_average: str = setting("polyak", "Average of the iterates that lambda is frozen at.", AVERAGES)
+    frozen_fraction: float = setting(0.2, "Share of the steps, at the end, with lambda frozen at its average.")
 
     # evaluation and logging
-    num_eval_samples: int = _setting(3000, "Samples for the metrics; 0 for no evaluation.")
-    num_eval_steps: int = _setting(99, "Euler steps, at most, of the probability flow for the metrics.")
-    validation_steps: int = _setting(0, "Steps between two pictures of samples while training; 0 for none.")
-    eval_batch_size: int = _setting(64, "Images in a picture of samples.")
-    ddpm_num_inference_steps: int = _setting(0, "Steps of the solver for such a picture; 0 for the default, 50.")
-    mixed_precision: str = _setting("no", "Precision of training, as in Accelerate.", ("no", "fp16", "bf16"))
-    logger: str = _setting("none", "Where to log while training.", ("none", "tensorboard", "wandb"))
-    logging_steps: int = _setting(50, "Steps between two log entries.")
-    logging_dir: str = _setting("logs", "Folder for logs, inside `output_dir`.")
-    checkpointing_steps: int = _setting(0, "Steps between two checkpoints; 0 for none.")
-    checkpoints_total_limit: int = _setting(0, "Checkpoints to keep, the newest ones; 0 for all.")
-    resume_from_checkpoint: str = _setting("", "Go on from `latest`, or from a checkpoint's name or path.")
+    num_eval_samples: int = setting(3000, "Samples for the metrics; 0 for no evaluation.")
+    num_likelihood_samples: int = setting(
+        -1, "Data samples whose likelihood is measured; -1 for 500 of a toy that is evaluated, and no images."
+    )
+    num_eval_steps: int = setting(99, "Euler steps, at most, of the probability flow for the metrics.")
+    validation_steps: int = setting(0, "Steps between two pictures and likelihoods while training; 0 for none.")
+    eval_batch_size: int = setting(64, "Images in a picture of samples.")
+    ddpm_num_inference_steps: int = setting(0, "Steps of the solver for such a picture; 0 for the default, 50.")
+    mixed_precision: str = setting("no", "Precision of training, as in Accelerate.", ("no", "fp16", "bf16"))
+    logger: str = setting("none", "Where to log while training.", ("none", "tensorboard", "wandb"))
+    logging_steps: int = setting(50, "Steps between two log entries.")
+    logging_dir: str = setting("logs", "Folder for logs, inside `output_dir`.")
+    checkpointing_steps: int = setting(0, "Steps between two checkpoints; 0 for none.")
+    checkpoints_total_limit: int = setting(0, "Checkpoints to keep, the newest ones; 0 for all.")
+    resume_from_checkpoint: str = setting("", "Go on from `latest`, or from a checkpoint's name or path.")
 
     # the Hub; whose token comes from `hf auth login` or from the variable HF_TOKEN
-    license: str = _setting("", "Licence of the model, for its card, as the Hub spells it; apache-2.0 for toys.")
-    push_to_hub: bool = _setting(False, "Push the model to the Hub.")
-    hub_model_id: str = _setting("", "Repository to push to; by default the name of `output_dir`.")
-    hub_private_repo: bool = _setting(False, "Make that repository private.")
-    hub_revision: str = _setting("", "Branch to push to, instead of main.")
-    hub_tag: str = _setting("", "Tag for what is pushed.")
+    license: str = setting("", "Licence of the model, for its card, as the Hub spells it; apache-2.0 for toys.")
+    push_to_hub: bool = setting(False, "Push the model to the Hub.")
+    hub_model_id: str = setting("", "Repository to push to; by default the name of `output_dir`.")
+    hub_private_repo: bool = setting(False, "Make that repository private.")
+    hub_revision: str = setting("", "Branch to push to, instead of main.")
+    hub_tag: str = setting("", "Tag for what is pushed.")
 
     def __post_init__(self) -> None:
         """Check each setting.
@@ -187,6 +189,13 @@ class TrainingConfig:
     def is_toy(self) -> bool:
         """Whether the data are one of the two-dimensional distributions."""
         return not self.train_data_dir and self.dataset_name in TOYS
+
+    @property
+    def likelihood_samples(self) -> int:
+        """Data samples whose likelihood is measured."""
+        if self.num_likelihood_samples >= 0:
+            return self.num_likelihood_samples
+        return min(500, self.num_eval_samples) if self.is_toy else 0
 
     @property
     def adaptive_steps(self) -> int:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from diffusers.utils import logging
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
@@ -25,9 +26,12 @@ from ..schedulers import VSDMScheduler
 from ..stochastic_approximation import StageOutput, StochasticApproximation
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
+from .evaluation import likelihood_data, measure_likelihood
 from .pictures import picture_samples
 from .setup import VectorDataset, as_it_is, build_data, build_network, build_scheduler, moment_batches
 
+
+logger = logging.get_logger(__name__)
 
 LOSS_WINDOW = 100
 # of the weights that stages simulate with: the raw ones double the noise of the moments, slower ones lag behind lambda
@@ -45,6 +49,7 @@ class TrainingResult:
         seconds: Wall time of the training loop, over all parts of a resumed run.
         sa_seconds: What of it was spent in stochastic approximation: simulation and update.
         sa_skipped: Stages skipped because their moments were not finite.
+        likelihood: What [`measure_likelihood`] says of the model; None if it was not asked.
     """
 
     pipeline: VSDMPipeline
@@ -53,6 +58,7 @@ class TrainingResult:
     seconds: float
     sa_seconds: float
     sa_skipped: int
+    likelihood: dict[str, Any] | None = None
 
 
 class _EpochSampler(Sampler):
@@ -122,6 +128,10 @@ class Trainer:
             samples = next(iter(moment_batches(dataset, config.seed, 0)))[: config.sa_trajectories]
             samples = samples if self.normalizer is None else self.normalizer.normalize(samples)
             self.samples = samples.to(self.accelerator.device)
+        self.likelihood_data: Tensor | None = None
+        if config.likelihood_samples:
+            source = None if data is None and config.is_toy else dataset
+            self.likelihood_data = likelihood_data(config, source, config.likelihood_samples, config.seed)
         self.network = build_network(config, dataset.event_shape)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
@@ -216,14 +226,25 @@ class Trainer:
 
         if self.ema is not None:
             self.ema.copy_to(self.network.parameters())
+        pipeline = VSDMPipeline(self.network.eval(), self.scheduler, self.normalizer)
         return TrainingResult(
-            pipeline=VSDMPipeline(self.network.eval(), self.scheduler, self.normalizer),
+            pipeline=pipeline,
             lambdas=torch.stack(self.lambdas),
             final_loss=torch.stack(self.losses).mean().item(),
             seconds=self.seconds,
             sa_seconds=self.sa_seconds,
             sa_skipped=self.approximation.num_skipped,
+            likelihood=self._likelihood(pipeline),
         )
+
+    def _likelihood(self, pipeline: VSDMPipeline) -> dict[str, Any] | None:
+        if self.likelihood_data is None or not self.accelerator.is_main_process:
+            return None
+        try:
+            return measure_likelihood(pipeline, self.likelihood_data, seed=self.config.seed)
+        except FloatingPointError as error:  # no reason to lose the model
+            logger.warning("The likelihood was not measured: %s", error)
+            return None
 
     def _gradient_step(self, batches: Iterator[tuple[int, Tensor]]) -> None:
         """Score matching (Eq. 16) on one batch, or on several accumulated."""
@@ -307,16 +328,21 @@ class Trainer:
         return output
 
     def _validate(self) -> None:
-        """A picture of samples of the model as it is: a file, and an image in the log."""
+        """A picture of samples of the model as it is, a file and an image in the log, and its likelihoods."""
         if self.accelerator.is_main_process:
             scheduler = VSDMScheduler.from_config(self.scheduler.config)  # the drift comes along, copied
             config = self.config
             with self._averaged_network() as network:
+                pipeline = VSDMPipeline(network, scheduler, self.normalizer)
                 picture = picture_samples(
-                    VSDMPipeline(network, scheduler, self.normalizer),
+                    pipeline,
                     config.num_eval_samples if config.is_toy else config.eval_batch_size,
                     config.ddpm_num_inference_steps or None,
                 )
+                likelihood = self._likelihood(pipeline)
+            if likelihood is not None:
+                scalars = {f"likelihood/{k}": v for k, v in likelihood.items() if not k.endswith("_evaluations")}
+                self.accelerator.log(scalars, step=self.step)
             file = self.folder / "validation" / f"step-{self.step}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             picture.save(file)

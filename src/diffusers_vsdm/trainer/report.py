@@ -88,6 +88,8 @@ def write_report(config: TrainingConfig, result: TrainingResult) -> dict[str, An
         "sa_share": result.sa_seconds / result.seconds,
         "num_parameters": sum(p.numel() for p in pipeline.unet.parameters()),
     }
+    if result.likelihood is not None:
+        metrics["likelihood"] = result.likelihood
     pictures = {"drift.png": picture_drift(result.lambdas * scale, lam * scale, scale)}
     if not config.is_toy:
         pictures["samples.png"] = picture_samples(

@@ -1,0 +1,38 @@
+"""Evaluate a saved pipeline.
+
+    python training/evaluate.py --pretrained_model_name_or_path outputs/spiral-8y --likelihood --dataset_name spiral-8y
+
+`--likelihood` measures the negative log-likelihood of data under the probability flow, for images in bits per
+dimension too, and an upper bound of that of the SDE, which is another model.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from diffusers_vsdm.files import write_atomically
+from diffusers_vsdm.trainer.evaluation import EvaluationConfig, evaluate
+from diffusers_vsdm.trainer.report import versions
+
+
+def main() -> None:
+    """Parse the command line, evaluate, print and save the record."""
+    try:
+        (config,) = HfArgumentParser(EvaluationConfig, description=__doc__).parse_args_into_dataclasses()
+        metrics = evaluate(config)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"evaluate.py: {error}")
+    for name, value in metrics.items():
+        if not name.endswith("_standard_error"):
+            error = metrics.get(f"{name}_standard_error")
+            print(f"{name}: {value}" if error is None else f"{name}: {value:.4f} ± {error:.4f}")
+    if config.output_file:
+        record = {"metrics": metrics, "config": asdict(config), "versions": versions()}
+        write_atomically(Path(config.output_file), (json.dumps(record, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -52,6 +52,11 @@ def median(key: str, digits: int, factor: float = 1) -> Callable[[list[dict[str,
     return lambda runs: f"{factor * statistics.median(run[key] for run in runs):.{digits}f}" if key in runs[0] else "-"
 
 
+def with_error(key: str, error: str, digits: int) -> Callable[[list[dict[str, Any]]], str]:
+    """A column of one run's metric and its standard error."""
+    return lambda runs: f"{runs[0][key]:.{digits}f} ± {runs[0][error]:.{digits}f}"
+
+
 def text(key: str) -> Callable[[list[dict[str, Any]]], str]:
     """A column as it is."""
     return lambda runs: str(runs[0][key])
@@ -293,6 +298,35 @@ TABLES: dict[str, tuple] = {
         "solvers.json",
         {f"{calls} calls": each(str(calls), 5) for calls in (5, 6, 8, 10, 20, 50)},
         rank_solvers,
+    ),
+    "likelihood_exact": (
+        "likelihood_exact.json",
+        {
+            "truth - computed, nats": with_error("difference", "standard_error", 4),
+            "network calls": each("num_function_evaluations", 0),
+        },
+    ),
+    "likelihood_trained": (
+        "likelihood_trained.json",
+        {
+            "truth - flow, nats": each("difference", 4),
+            "flow, negative log-likelihood": each("nll", 3),
+            "SDE, bound": each("bound", 3),
+            "prior loss": each("prior_loss", 3),
+            "drift matching": each("drift_matching", 3),
+            "reconstruction": each("reconstruction", 3),
+            "calls, flow": each("nll_evaluations", 0),
+        },
+    ),
+    "likelihood_images": (
+        "likelihood_images.json",
+        {
+            "flow": with_error("nll_bits_per_dimension", "nll_bits_per_dimension_standard_error", 3),
+            "calls": each("nll_evaluations", 0),
+            "SDE, bound": with_error("bound_bits_per_dimension", "bound_bits_per_dimension_standard_error", 3),
+            "calls of it": each("bound_evaluations", 0),
+            "of it reconstruction": each("reconstruction", 3, 1 / (768 * math.log(2))),
+        },
     ),
     "simulation": ("simulation.json", {"E[score x], x / y": axes("moment", 3)}),
 }

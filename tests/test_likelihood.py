@@ -18,6 +18,7 @@ from diffusers_vsdm import (
 from diffusers_vsdm.bases import RotatedBasis
 from diffusers_vsdm.discrete import integrated_beta_at, training_time_at
 from diffusers_vsdm.likelihood import bits_per_dimension, dequantize, flow_log_likelihood
+from diffusers_vsdm.objectives import likelihood_bound
 from diffusers_vsdm.schedulers.prior import GaussianPrior
 
 from .problems import ANISOTROPIC, benchmarks, scheduler_for
@@ -150,6 +151,13 @@ def test_images_with_a_lambda_per_frequency():
     estimate = flow_log_likelihood(network, scheduler, x, "rademacher", torch.Generator().manual_seed(0))
     error = estimate.value - truth
     assert 1e-3 < float(error.std()) and abs(float(error.mean())) < 4 * float(error.std()) / math.sqrt(20)
+    # the bound of a perfect network is above by what its decoder does not know
+    x = basis.from_basis(drift.data_variance.sqrt() * torch.randn(4000, *shape, generator=generator).double())
+    bound = likelihood_bound(network, scheduler, x, 2, generator).total
+    a, s2 = process.mean_scale(drift.lam, g), process.variance(drift.lam, g)
+    entropy = 0.5 * (drift.data_variance.log() + 1 + math.log(2 * math.pi)).sum()
+    decoder = 0.5 * torch.log1p(s2 / (a**2 * drift.data_variance)).sum()
+    assert abs(float(bound.mean() - entropy - decoder)) < 4 * float(bound.std()) / math.sqrt(len(x))
 
 
 def vector_pipeline(normalizer=None, **settings):

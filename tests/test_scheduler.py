@@ -791,13 +791,14 @@ def test_stock_schedulers_run_from_a_saved_configuration_of_ours(stock, tmp_path
     assert x.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("lam", [1.0, (0.7, 1.9, 1.0)])
 @pytest.mark.parametrize("solver", ["ddpm", "heun", "unipc", "trig"])
-def test_the_update_compiles_as_one_graph(solver, lam):
-    """A step is one pure function of numbers and tensors; the graph is captured, and run without a compiler."""
+def test_the_update_compiles_as_one_graph(solver, lam, backend):
+    """A step is one pure function of numbers and tensors; `inductor` needs a C++ compiler."""
     scheduler = drifting(solver=solver, lam=lam if isinstance(lam, tuple) else (lam,) * 3)
     torch.compiler.reset()
-    compiled = torch.compile(combine, fullgraph=True, backend="eager")
+    compiled = torch.compile(combine, fullgraph=True, backend=backend)
     values = {field.name: torch.randn(4, 3) for field in dataclasses.fields(Coefficients)}
     for call in scheduler._calls(torch.device("cpu"), torch.float32)[:3]:
         torch.testing.assert_close(compiled(call.terms, values), combine(call.terms, values))

@@ -130,14 +130,17 @@ def draw_frontier() -> None:
         return sum(s / w for s, w in zip(straightness, widths, strict=True)) / 2, w2
 
     points: dict[str, list[tuple[float, float, str]]] = {}
-    for file in ("toys_table4", "toys_standardized", "toys_default"):
+    for file in ("toys_table4", "toys_standardized", "toys_default", "toys_search"):
         record = json.loads((RESULTS / f"{file}.json").read_text())
         for name, runs in by_name(record).items():
-            if not runs or "checkerboard" in name:
+            if not runs or "checkerboard" in name or "weighting" in name:
                 continue
-            kind = f"{'SGM' if 'SGM' in name else 'VSDM'}, {'raw axes' if file == 'toys_table4' else 'standardised'}"
+            raw = file == "toys_table4" or "standardize False" in name
+            kind = f"{'SGM' if 'SGM' in name else 'VSDM'}, {'raw axes' if raw else 'standardised'}"
             for run in runs:
                 label = name.replace("spiral-8y ", "") if file == "toys_table4" else ""
+                if file == "toys_search" and any(key in name for key in ("beta_max", "standardize")):
+                    label = name.split(": ")[1].replace("standardize False", "raw").replace("prior_type ", "")
                 points.setdefault(kind, []).append((*point(run["straightness"], run["w2_standardized"]), label))
     for run in json.loads((RESULTS / "methods.json").read_text())["runs"]:
         if run["data"] == "spiral-8y" and "CFM" in run["name"]:

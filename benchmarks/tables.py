@@ -134,6 +134,16 @@ def by_data(record: dict[str, Any]) -> dict[str, Any]:
     return {"runs": sorted(rows, key=lambda run: [r["data"] for r in runs].index(run["data"]))}
 
 
+def by_change(record: dict[str, Any]) -> dict[str, Any]:
+    """Runs named `data: change` as one row for each change, with the metrics of both data sets."""
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for run in record["runs"]:
+        data, change = run["name"].split(": ")
+        metrics = {f"{data} {key}": value for key, value in run["metrics"].items()}
+        rows.setdefault((change, run["seed"]), {}).update(metrics)
+    return {"runs": [{"name": change, "metrics": metrics} for (change, _), metrics in rows.items()]}
+
+
 def named(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """The runs of these names alone; a list of errors becomes percentages by stage."""
 
@@ -298,6 +308,20 @@ TABLES: dict[str, tuple] = {
         "solvers.json",
         {f"{calls} calls": each(str(calls), 5) for calls in (5, 6, 8, 10, 20, 50)},
         rank_solvers,
+    ),
+    "toys_search": (
+        "toys_search.json",
+        {
+            f"{data}: {label}": column(f"{data} {key}", digits)
+            for data in ("spiral-8y", "checkerboard-6x")
+            for label, key, column, digits in (
+                ("straightness, x / y", "straightness", axes, 1),
+                ("W2, 99 calls", "w2_standardized", each, 3),
+                ("6 calls", "w2_trig_6", each, 3),
+                ("10 calls", "w2_trig_10", each, 3),
+            )
+        },
+        by_change,
     ),
     "likelihood_exact": (
         "likelihood_exact.json",

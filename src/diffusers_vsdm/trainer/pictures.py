@@ -65,20 +65,32 @@ def summary(lam: Tensor) -> list[float]:
     return (flat if len(flat) <= FEW else flat.quantile(torch.linspace(0, 1, 5, dtype=flat.dtype))).tolist()
 
 
-def picture_drift(lambdas: Tensor, final: Tensor, scale: float) -> Image.Image:
-    r"""$\lambda$ (times `scale`) over the stages as Figure 9 of the paper: each dimension, or quantiles of many."""
-    short = final.numel() <= FEW
-    names = [f"dimension {i}" for i in range(final.numel())] if short else ["least", "1/4", "median", "3/4", "largest"]
+def picture_drift(lambdas: Tensor, final: Tensor, scale: float, varies: bool = False) -> Image.Image:
+    r"""$\lambda$ (times `scale`) over the stages as Figure 9 of the paper: each dimension, or quantiles of many.
+
+    Args:
+        lambdas: After each stage, `(stages + 1, *lambda_shape)`.
+        final: What it was frozen at.
+        scale: beta_max, or 1.
+        varies: Whether the first dimension of a $\lambda$ is time: then the final one is drawn over time.
+    """
+    one = final[0] if varies else final
+    dimensions = [f"dimension {i}" for i in range(one.numel())]
+    names = dimensions if one.numel() <= FEW else ["least", "1/4", "median", "3/4", "largest"]
     figure = _figure(5, 3.2)
     axes = figure.subplots()
-    stages = zip(*(summary(stage) for stage in lambdas), strict=True)
-    for name, values, end in zip(names, stages, summary(final), strict=True):
-        (line,) = axes.plot(values, label=name)
-        axes.axhline(end, color=line.get_color(), linestyle=":", linewidth=1)
-    axes.set_xlabel("stage of stochastic approximation")
+    columns = zip(*(summary(row) for row in (final if varies else lambdas)), strict=True)
+    lines = [axes.plot(values, label=name)[0] for name, values in zip(names, columns, strict=True)]
+    if varies:
+        axes.set_xlabel("training time")
+        axes.legend(fontsize="small")
+    else:
+        for line, end in zip(lines, summary(final), strict=True):
+            axes.axhline(end, color=line.get_color(), linestyle=":", linewidth=1)
+        axes.set_xlabel("stage of stochastic approximation")
+        axes.legend(title="dotted: average, frozen", fontsize="small", title_fontsize="small")
     axes.set_ylabel(r"$\lambda$" if scale == 1 else r"$\lambda \, \beta_{\max}$")
     axes.set_ylim(bottom=0)
-    axes.legend(title="dotted: average, frozen", fontsize="small", title_fontsize="small")
     return _as_picture(figure)
 
 

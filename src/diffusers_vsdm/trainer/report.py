@@ -90,7 +90,8 @@ def write_report(config: TrainingConfig, result: TrainingResult) -> dict[str, An
     }
     if result.likelihood is not None:
         metrics["likelihood"] = result.likelihood
-    pictures = {"drift.png": picture_drift(result.lambdas * scale, lam * scale, scale)}
+    varies = pipeline.scheduler.drift.num_times is not None
+    pictures = {"drift.png": picture_drift(result.lambdas * scale, lam * scale, scale, varies)}
     if not config.is_toy:
         pictures["samples.png"] = picture_samples(
             pipeline, config.eval_batch_size, config.ddpm_num_inference_steps or None

@@ -323,6 +323,16 @@ TABLES: dict[str, tuple] = {
         },
         by_change,
     ),
+    "toys_times": (
+        "toys_times.json",
+        {
+            "straightness, x / y": axes("straightness", 2),
+            "W2, 99 calls": each("w2_standardized", 3),
+            "6 calls": each("w2_trig_6", 3),
+            "10 calls": each("w2_trig_10", 3),
+            "negative log-likelihood": each("nll", 3),
+        },
+    ),
     "likelihood_exact": (
         "likelihood_exact.json",
         {

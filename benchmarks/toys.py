@@ -7,6 +7,7 @@
     python -m benchmarks.toys default          # the README's command, in few steps
     python -m benchmarks.toys standardized     # the README's command, over zeta, beside a score-based model
     python -m benchmarks.toys search           # one setting changed at a time, to choose the defaults
+    python -m benchmarks.toys times            # how often each time is drawn, on more data
 
 Every run is a training run with the package's own trainer, in a process of its own. A study writes a JSON record to
 `benchmarks/results/`; `python -m benchmarks.tables` makes the tables of the docs from the records. The models of
@@ -92,6 +93,11 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         for change in CHANGES
         for toy in ("spiral-8y", "checkerboard-6x")
     },
+    "times": {
+        f"{toy}: {times}": STANDARDIZED | {"dataset_name": toy, "train_batch_size": 256, "time_sampling": times}
+        for toy in ("spiral-8y", "checkerboard-6x", "8gaussians", "moons", "swissroll")
+        for times in ("uniform", "log_snr")
+    },
 }
 
 
@@ -146,6 +152,8 @@ def run(job: tuple[str, str, dict[str, Any], int, int]) -> dict[str, Any]:
         samples = pipeline(3000, generator, num_inference_steps=steps, output_type="pt").samples @ upright
         metrics[f"w2_trig_{steps}"] = wasserstein2(samples, reference, standardize=True)
     scaled = result.lambdas * config.beta_max
+    if result.likelihood is not None:
+        metrics["nll"] = result.likelihood["nll"]
     metrics |= {
         "lambda_beta_max": (pipeline.scheduler.drift.lam * config.beta_max).tolist(),
         "lambda_beta_max_per_stage": scaled.tolist(),

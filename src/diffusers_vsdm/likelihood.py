@@ -35,7 +35,7 @@ class LogLikelihood:
     """Log-densities of samples.
 
     Attributes:
-        value: In nats, `(batch,)`, float64.
+        value: In nats, `(batch,)`, in float64 on the CPU.
         num_function_evaluations: Network calls for each sample; a divergence takes its backward passes besides.
     """
 
@@ -106,9 +106,8 @@ def flow_log_likelihood(
         raise FloatingPointError(
             f"The solver cannot keep to its tolerances ({error}): raise `rtol` and `atol`, or use float32."
         ) from error
-    prior = scheduler.prior(sample.device, torch.float64)
-    end = prior.log_prob(basis.from_basis(last * path[-1]).double()) + (last.double() / first.double()).log().sum()
-    return LogLikelihood(end + gained[-1].double(), calls)
+    at_noise = scheduler.prior().log_prob(basis.from_basis(last * path[-1]).cpu().double())
+    return LogLikelihood(at_noise + (last / first).cpu().double().log().sum() + gained[-1].cpu().double(), calls)
 
 
 def dequantize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -16,8 +16,8 @@ score matching of Eq. 22 and 23; with $\nabla \log p(x_t | x_0)$ for the score i
 by a constant.
 
 References:
-    Sakai et al. (2024), "Schrödinger bridge type diffusion models as an extension of variational autoencoders":
-        equation numbers above.
+    Kaba, Shimizu, Ohzeki, Sughiyama (2024), "Schrödinger Bridge Type Diffusion Models as an Extension of Variational
+        Autoencoders": equation numbers above.
     Song et al. (2021), "Maximum Likelihood Training of Score-Based Diffusion Models".
     Kingma et al. (2021), "Variational Diffusion Models": the bound for one sample, and the times.
 """
@@ -187,7 +187,9 @@ class PathKL:
 
 @dataclass(frozen=True)
 class LikelihoodBound:
-    r"""Parts of an upper bound of $-\log p(x_0)$ for a model that samples by the SDE, each `(batch,)` in nats.
+    r"""Parts of an upper bound of $-\log p(x_0)$ for a model that samples by the SDE.
+
+    Each part is `(batch,)`, in nats, in float64 on the CPU.
 
     Attributes:
         prior_loss: $KL(p(x_T | x_0) \| \pi)$.
@@ -236,10 +238,10 @@ def likelihood_bound(
         raise ValueError("The process has no signal at its last training time, and no bound: its log-SNR is infinite.")
     n, device = len(sample), sample.device
     lam = torch.ones_like(table[0]) if scheduler.drift is None else scheduler.drift.lam.mean()
-    basis, prior = scheduler.basis(sample), scheduler.prior(device, torch.float64)
+    basis, prior = scheduler.basis(sample), scheduler.prior()
 
     start = torch.rand(n, generator=generator, device=getattr(generator, "device", "cpu")).cpu().double()
-    matching = torch.zeros(n, dtype=torch.float64, device=device)
+    matching = torch.zeros(n, dtype=torch.float64)
     for i in range(num_times):
         g, inverse_density = draw_times((start + i / num_times) % 1, lam, table[0], table[-1])
         k = training_time_at(g, table).to(device, torch.float32)
@@ -248,11 +250,11 @@ def likelihood_bound(
         wrong = basis.to_basis(score(scheduler.add_noise(sample, noise, k), k)) + basis.to_basis(noise) / s
         if not torch.isfinite(wrong).all():
             raise FloatingPointError("The score is not finite.")
-        matching += 0.5 * wrong.double().square().flatten(1).sum(1) * inverse_density.to(device) / num_times
+        matching += 0.5 * wrong.square().flatten(1).sum(1).cpu().double() * inverse_density / num_times
 
-    a, s = (scale[0].double() for scale in scheduler.marginal_scales(sample, len(table) - 1))
-    prior_loss = prior.divergence_from(a * prior.basis.to_basis(sample.double()), s)
-    a, s = (scale[0].double() for scale in scheduler.marginal_scales(sample, 0))
+    a, s = (scale[0].cpu().double() for scale in scheduler.marginal_scales(sample, len(table) - 1))
+    prior_loss = prior.divergence_from(a * prior.basis.to_basis(sample.cpu().double()), s)
+    a, s = (scale[0].cpu().double() for scale in scheduler.marginal_scales(sample, 0))
     widths = (s / a).expand(sample.shape[1:])
     reconstruction = 0.5 * (1 + math.log(2 * math.pi)) * widths.numel() + widths.log().sum()
     return LikelihoodBound(prior_loss, matching, reconstruction.expand(n))

@@ -252,7 +252,7 @@ class VSDMPipeline(DiffusionPipeline):
         if tuple(samples.shape[1:]) != self.event_shape or len(samples) == 0:
             raise ValueError(f"`samples` must have shape (batch_size, *{self.event_shape}), got {tuple(samples.shape)}.")
         samples, d = samples.to(self._execution_device), math.prod(self.event_shape)
-        log_volume = torch.zeros((), dtype=torch.float64, device=samples.device)
+        log_volume = torch.zeros((), dtype=torch.float64)
         if samples.dtype == torch.uint8 and samples.ndim == 4:
             samples, log_volume = dequantize(samples, generator), log_volume - d * math.log(LEVELS)
         x = samples.float()
@@ -268,7 +268,7 @@ class VSDMPipeline(DiffusionPipeline):
         if self.normalizer is not None:
             normalizer = self.normalizer.to(x.device)
             x = normalizer.normalize(x)
-            log_volume = log_volume - normalizer.std.double().log().expand(self.event_shape).sum()
+            log_volume = log_volume - normalizer.std.cpu().double().log().expand(self.event_shape).sum()
         return x, log_volume
 
     def _as_output(self, latents: Tensor, output_type: str) -> Any:

@@ -111,7 +111,7 @@ def measure_likelihood(
         bound = pipeline.likelihood_bound(batch, num_times, generator)
         calls += found.num_function_evaluations * len(batch)
         for name, value in {"nll": -found.value, "bound": bound.total, **vars(bound)}.items():
-            parts.setdefault(name, []).append(value.cpu())
+            parts.setdefault(name, []).append(value)
     record: dict[str, Any] = {
         "num_samples": len(samples),
         "nll_evaluations": round(calls / len(samples)),

@@ -26,6 +26,7 @@ TINY = {
     "model_width": 16,
     "model_num_blocks": 1,
     "standardize": True,
+    "num_likelihood_samples": 0,
 }
 
 

@@ -29,6 +29,7 @@ LITTLE = {
     "max_train_samples": 32,
     "num_train_samples": 500,
     "num_eval_samples": 50,
+    "num_likelihood_samples": 0,
     "eval_batch_size": 2,
     "ddpm_num_inference_steps": 2,
 }

@@ -30,6 +30,7 @@ TINY = {
     "train_batch_size": 32,
     "model_width": 8,
     "num_eval_samples": 50,
+    "num_likelihood_samples": 0,
 }
 
 

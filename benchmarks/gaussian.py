@@ -72,6 +72,7 @@ def trained_score(seed: int) -> dict[str, Any]:
     from diffusers_vsdm.trainer import TrainingConfig, train
 
     config = TrainingConfig(
+        prediction_type="epsilon",
         dataset_name="gaussian-centered",
         basis="dense",
         beta_min=1.0,
@@ -98,7 +99,14 @@ def flow(seed: int) -> dict[str, Any]:
     from diffusers_vsdm.trainer import TrainingConfig, train
 
     config = TrainingConfig(
-        dataset_name="gaussian", basis="dense", beta_min=4.0, beta_max=4.0, zeta=1.0, sa_stages=20, seed=seed
+        prediction_type="epsilon",
+        dataset_name="gaussian",
+        basis="dense",
+        beta_min=4.0,
+        beta_max=4.0,
+        zeta=1.0,
+        sa_stages=20,
+        seed=seed,
     )
     pipeline = train(config).pipeline
     drift = pipeline.scheduler.drift

@@ -38,7 +38,7 @@ SEEDS = (0, 1, 2)
 TRAINED: dict[str, dict[str, Any]] = {
     "SGM": {"baseline": "sgm"},
     "VSDM": {},
-    "VSDM, times uniform in the log-SNR": {"time_sampling": "log_snr"},
+    "VSDM, of ε": {"prediction_type": "epsilon"},
 }
 IMAGES = {"per pixel": "outputs/cifar10-pixels", "per frequency": "outputs/cifar10-frequencies"}
 

@@ -24,7 +24,7 @@ from .tables import RESULTS
 
 
 SAMPLES, CALLS = 2000, (6, 8, 10, 20, 100)
-EQUAL = {"max_train_steps": 8000, "train_batch_size": 256, "num_eval_samples": 0}
+EQUAL = {"max_train_steps": 8000, "train_batch_size": 256, "num_eval_samples": 0, "prediction_type": "epsilon"}
 RAW, STANDARDIZED = {"prior_type": "conditional"}, {"standardize": True}
 METHODS: dict[str, dict[str, Any]] = {
     "SGM": RAW | {"baseline": "sgm", "beta_max": 20.0},

@@ -30,7 +30,8 @@ FEW_STEPS = (3, 5, 10)
 KEPT = {"table4": Path("outputs") / "table4"}
 
 # the toys of the paper; half the package's batch, which changed nothing in these
-PAPER = {"prior_type": "conditional", "zeta": 0.75, "solver": "euler", "train_batch_size": 256}
+EPSILON = {"prediction_type": "epsilon"}
+PAPER = EPSILON | {"prior_type": "conditional", "zeta": 0.75, "solver": "euler", "train_batch_size": 256}
 METHODS = {
     "SGM-20": {"baseline": "sgm", "beta_max": 20.0},
     "SGM-30": {"baseline": "sgm", "beta_max": 30.0},
@@ -80,8 +81,8 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "default": {"spiral-8y": STANDARDIZED | {"dataset_name": "spiral-8y"}},
     "standardized": {
-        "SGM": STANDARDIZED | {"baseline": "sgm"},
-        **{f"VSDM, zeta {zeta}": STANDARDIZED | {"zeta": zeta} for zeta in (0.6, 0.75, 0.9)},
+        "SGM": STANDARDIZED | EPSILON | {"baseline": "sgm"},
+        **{f"VSDM, zeta {zeta}": STANDARDIZED | EPSILON | {"zeta": zeta} for zeta in (0.6, 0.75, 0.9)},
     },
     "search": {
         f"{toy}: {', '.join(f'{key} {value}' for key, value in change.items()) or 'default'}": {
@@ -89,6 +90,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
             "train_batch_size": 256,
         }
         | STANDARDIZED
+        | EPSILON
         | change
         for change in CHANGES
         for toy in ("spiral-8y", "checkerboard-6x")

@@ -69,7 +69,11 @@ class TrainingConfig:
     beta_max: float = setting(10.0, "Largest rate of the power law, per unit of time.")
     beta_power: float = setting(1.7, "Exponent of the power law.")
     ddpm_num_steps: int = setting(100, "Training times N.")
-    prediction_type: str = setting("epsilon", "What the network predicts.", PARAMETERIZATIONS)
+    prediction_type: str = setting(
+        "auto",
+        "What the network predicts; auto is v_prediction for vectors and epsilon for images.",
+        ("auto", *PARAMETERIZATIONS),
+    )
     basis: str = setting(
         "identity",
         "Basis in which the drift is diagonal; dct is for images, dense, which is learned, for vectors.",

@@ -115,6 +115,9 @@ def build_scheduler(
         "clip_sample": not config.is_toy and not config.standardize,
         "timestep_spacing": "trailing",
     }
+    prediction_type = config.prediction_type
+    if prediction_type == "auto":
+        prediction_type = "v_prediction" if len(event_shape) == 1 else "epsilon"
     if config.pretrained_model_name_or_path:
         stored = VSDMScheduler.load_config(config.pretrained_model_name_or_path, subfolder="scheduler")
         if stored.get("drift_sha256") is not None:
@@ -125,7 +128,7 @@ def build_scheduler(
         settings.pop("clip_sample")
         scheduler = VSDMScheduler.from_config(stored, **settings)
     elif config.ddpm_beta_schedule == POWER_LAW:
-        settings["prediction_type"] = config.prediction_type
+        settings["prediction_type"] = prediction_type
         scheduler = VSDMScheduler.from_power_law(
             config.beta_min, config.beta_max, config.beta_power, config.ddpm_num_steps, **settings
         )
@@ -133,7 +136,7 @@ def build_scheduler(
         scheduler = VSDMScheduler(
             num_train_timesteps=config.ddpm_num_steps,
             beta_schedule=config.ddpm_beta_schedule,
-            prediction_type=config.prediction_type,
+            prediction_type=prediction_type,
             **settings,
         )
     lambda_shape = {

@@ -79,7 +79,10 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         f"{stages} stages": PAPER | {"dataset_name": "spiral-8y", "sa_stages": stages}
         for stages in (5, 10, 20, 40, 80)
     },
-    "default": {"spiral-8y": STANDARDIZED | {"dataset_name": "spiral-8y"}},
+    "default": {
+        "SGM": STANDARDIZED | {"dataset_name": "spiral-8y", "baseline": "sgm"},
+        "VSDM": STANDARDIZED | {"dataset_name": "spiral-8y"},
+    },
     "standardized": {
         "SGM": STANDARDIZED | EPSILON | {"baseline": "sgm"},
         **{f"VSDM, zeta {zeta}": STANDARDIZED | EPSILON | {"zeta": zeta} for zeta in (0.6, 0.75, 0.9)},

@@ -323,8 +323,8 @@ TABLES: dict[str, tuple] = {
         },
         by_change,
     ),
-    "toys_objective": (
-        "toys_objective.json",
+    "toys_prediction": (
+        "toys_prediction.json",
         {
             "straightness, x / y": axes("straightness", 2),
             "W2, 99 calls": each("w2_standardized", 3),

@@ -7,7 +7,7 @@
     python -m benchmarks.toys default          # the README's command, in few steps
     python -m benchmarks.toys standardized     # the README's command, over zeta, beside a score-based model
     python -m benchmarks.toys search           # one setting changed at a time, to choose the defaults
-    python -m benchmarks.toys objective        # what is predicted, and at which times, on more data
+    python -m benchmarks.toys prediction       # what the network predicts, on more data
 
 Every run is a training run with the package's own trainer, in a process of its own. A study writes a JSON record to
 `benchmarks/results/`; `python -m benchmarks.tables` makes the tables of the docs from the records. The models of
@@ -98,17 +98,11 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         for change in CHANGES
         for toy in ("spiral-8y", "checkerboard-6x")
     },
-    "objective": {
-        f"{toy}: {prediction.split('_')[0]}, {times.replace('_', '-')}": {
-            "dataset_name": toy,
-            "train_batch_size": 256,
-            "prediction_type": prediction,
-            "time_sampling": times,
-        }
-        | STANDARDIZED
+    "prediction": {
+        f"{toy}, {prediction.split('_')[0]}": STANDARDIZED
+        | {"dataset_name": toy, "train_batch_size": 256, "prediction_type": prediction}
         for toy in ("spiral-8y", "checkerboard-6x", "8gaussians", "moons", "swissroll")
         for prediction in ("epsilon", "v_prediction")
-        for times in ("uniform", "log_snr")
     },
 }
 

@@ -133,6 +133,7 @@ def test_from_a_folder_to_samples(folder, tmp_path, settings, lambda_shape):
     loaded = VSDMPipeline.from_pretrained(tmp_path / "model")
     loaded.set_progress_bar_config(disable=True)
     drift = loaded.scheduler.drift
+    assert loaded.scheduler.config["prediction_type"] == "epsilon"
     assert drift.lam.shape == lambda_shape and drift.config["basis"] == settings.get("basis", "identity")
     assert not drift.is_neutral and drift.data_variance.min() > 0
     images = loaded(2, torch.Generator().manual_seed(0), num_inference_steps=3).images

@@ -91,6 +91,11 @@ def test_baseline_keeps_lambda_at_one():
     assert result.pipeline.scheduler.drift.is_neutral and result.sa_seconds == 0 and len(result.lambdas) == 1
 
 
+@pytest.mark.parametrize("given, used", [("auto", "v_prediction"), ("epsilon", "epsilon")])
+def test_networks_for_vectors_predict_v_unless_told_otherwise(given, used):
+    assert loop.Trainer(tiny(prediction_type=given)).scheduler.config["prediction_type"] == used
+
+
 def test_vectors_of_ones_own():
     data = torch.randn(500, 5) @ torch.randn(5, 5)
     result = train(tiny(basis="dense", standardize=True), data)

@@ -139,8 +139,10 @@ def draw_frontier() -> None:
             kind = f"{'SGM' if 'SGM' in name else 'VSDM'}, {'raw axes' if raw else 'standardised'}"
             for run in runs:
                 label = name.replace("spiral-8y ", "") if file == "toys_table4" else ""
-                if file == "toys_search" and any(key in name for key in ("beta_max", "standardize")):
-                    label = name.split(": ")[1].replace("standardize False", "raw").replace("prior_type ", "")
+                if file == "toys_search":
+                    change = name.split(": ")[1]
+                    label = "marginal prior" if change == "standardize False" else ""
+                    label = f"β {float(change.split()[1]):g}" if "beta_max" in change else label
                 points.setdefault(kind, []).append((*point(run["straightness"], run["w2_standardized"]), label))
     for run in json.loads((RESULTS / "methods.json").read_text())["runs"]:
         if run["data"] == "spiral-8y" and "CFM" in run["name"]:

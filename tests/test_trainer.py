@@ -195,6 +195,7 @@ def test_a_loss_that_blows_up_is_reported():
         ({"beta_max": 0.01}, "`beta_max`"),
         ({"sa_step_power": 0.3}, "`sa_step_power`"),
         ({"lr_scheduler": "foo"}, "`lr_scheduler`"),
+        ({"num_likelihood_samples": 1}, "`num_likelihood_samples`"),
     ],
 )
 def test_bad_settings_name_themselves(settings, message):

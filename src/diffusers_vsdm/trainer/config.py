@@ -164,6 +164,11 @@ class TrainingConfig:
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        if self.num_likelihood_samples not in (-1, 0) and self.num_likelihood_samples < 2:
+            raise ValueError(
+                "`num_likelihood_samples` must be at least 2, for a standard error, 0 for none or -1, got"
+                f" {self.num_likelihood_samples}."
+            )
         if self.seed < 0:
             raise ValueError(f"`seed` must not be negative, got {self.seed}.")
         if self.ddpm_beta_schedule == POWER_LAW and not self.beta_min <= self.beta_max:
@@ -199,7 +204,7 @@ class TrainingConfig:
         """Data samples whose likelihood is measured."""
         if self.num_likelihood_samples >= 0:
             return self.num_likelihood_samples
-        return min(500, self.num_eval_samples) if self.is_toy else 0
+        return 500 if self.is_toy and self.num_eval_samples else 0
 
     @property
     def adaptive_steps(self) -> int:

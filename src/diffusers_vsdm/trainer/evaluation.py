@@ -54,7 +54,9 @@ class EvaluationConfig:
             raise ValueError("There is nothing to evaluate: pass --likelihood.")
         if not self.dataset_name and not self.train_data_dir:
             raise ValueError("`dataset_name` or `train_data_dir` is missing: name the data to evaluate on.")
-        for name in ("num_samples", "num_times", "rtol", "atol"):
+        if self.num_samples < 2:
+            raise ValueError(f"`num_samples` must be at least 2, for a standard error, got {self.num_samples}.")
+        for name in ("num_times", "rtol", "atol"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
 

@@ -6,6 +6,7 @@ A table stands between `<!-- table NAME -->` and `<!-- end -->` in a file under 
 the mean and the standard deviation over seeds, or medians over repeats.
 """
 
+import collections
 import json
 import math
 import re
@@ -128,9 +129,9 @@ def convergence(record: dict[str, Any]) -> dict[str, Any]:
 def by_data(record: dict[str, Any]) -> dict[str, Any]:
     """Rows named after data set and method, the data sets together; seeds that not all of them have are left out."""
     runs = record["runs"]
-    counts = [sum(run["seed"] == seed for run in runs) for seed in sorted({run["seed"] for run in runs})]
-    whole = {seed for seed, count in enumerate(counts) if count == max(counts)}
-    rows = [run | {"name": f"{run['data']}: {run['name']}"} for run in runs if run["seed"] in whole]
+    counts = collections.Counter(run["seed"] for run in runs)
+    whole = (run for run in runs if counts[run["seed"]] == max(counts.values()))
+    rows = [run | {"name": f"{run['data']}: {run['name']}"} for run in whole]
     return {"runs": sorted(rows, key=lambda run: [r["data"] for r in runs].index(run["data"]))}
 
 

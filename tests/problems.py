@@ -1,5 +1,6 @@
 """Problems with known answers."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,11 @@ class GaussianMixture:
         y, m = x / variance.sqrt(), means / variance.sqrt()
         weight = torch.softmax(y @ m.T - 0.5 * (m * m).sum(1), dim=1)
         return noise.sqrt().to(x) * (x - weight @ means) / variance
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density of the data, `(n,)`."""
+        normal = torch.distributions.Normal(self.means[:, None], self.variance.sqrt())
+        return torch.logsumexp(normal.log_prob(x.double()).sum(-1), 0) - math.log(len(self.means))
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         chosen = torch.randint(len(self.means), (n,), generator=generator)

@@ -34,7 +34,7 @@ def model(tmp_path):
 
 def test_images_have_bits_per_dimension(pictures, model):
     config = EvaluationConfig(
-        str(model),
+        pretrained_model_name_or_path=str(model),
         likelihood=True,
         train_data_dir=str(pictures),
         num_samples=4,
@@ -79,7 +79,9 @@ def test_what_is_missing_is_named(settings, message):
 
 
 def test_data_that_are_not_the_models(model):
-    config = EvaluationConfig(str(model), likelihood=True, dataset_name="moons", num_samples=4)
+    config = EvaluationConfig(
+        pretrained_model_name_or_path=str(model), likelihood=True, dataset_name="moons", num_samples=4
+    )
     with pytest.raises(ValueError, match="samples.*shape"):
         evaluate(config)
     pipeline = VSDMPipeline.from_pretrained(model)

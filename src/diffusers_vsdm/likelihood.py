@@ -64,8 +64,8 @@ def flow_log_likelihood(
 
     Raises:
         ImportError: torchdiffeq is not installed.
-        ValueError: The data are not finite, there is no signal at the last training time, or the dimension is too
-            large for an exact divergence.
+        ValueError: There is no signal at the last training time, or the dimension is too large for an exact
+            divergence.
         FloatingPointError: The flow is not finite.
     """
     try:
@@ -75,8 +75,6 @@ def flow_log_likelihood(
     table = scheduler.integrated_beta
     if not torch.isfinite(table[-1]):
         raise ValueError("The process has no signal at its last training time, and so no likelihood of its flow.")
-    if not torch.isfinite(sample).all():
-        raise ValueError("`sample` holds NaN or infinite values.")
     probe, basis, calls = draw_probe(sample, kind, generator), scheduler.basis(sample), 0
 
     def signal(k: Tensor | int) -> Tensor:

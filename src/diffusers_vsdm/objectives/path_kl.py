@@ -237,13 +237,12 @@ def likelihood_bound(
     if not torch.isfinite(table[-1]):
         raise ValueError("The process has no signal at its last training time, and no bound: its log-SNR is infinite.")
     n, device = len(sample), sample.device
-    lam = torch.ones_like(table[0]) if scheduler.drift is None else scheduler.drift.lam.mean()
     basis, prior = scheduler.basis(sample), scheduler.prior()
 
     start = torch.rand(n, generator=generator, device=getattr(generator, "device", "cpu")).cpu().double()
     matching = torch.zeros(n, dtype=torch.float64)
     for i in range(num_times):
-        g, inverse_density = draw_times((start + i / num_times) % 1, lam, table[0], table[-1])
+        g, inverse_density = draw_times((start + i / num_times) % 1, scheduler.mean_rate, table[0], table[-1])
         k = training_time_at(g, table).to(device, torch.float32)
         noise = randn_tensor(sample.shape, generator=generator, device=device, dtype=sample.dtype)
         _, s = scheduler.marginal_scales(sample, k)

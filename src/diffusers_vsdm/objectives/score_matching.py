@@ -55,8 +55,7 @@ def time_probabilities(scheduler: VSDMScheduler, sampling: str) -> Tensor:
     if sampling not in TIME_SAMPLINGS:
         raise ValueError(f"`time_sampling` must be one of {tuple(TIME_SAMPLINGS)}, got {sampling!r}.")
     g = scheduler.integrated_beta
-    lam = torch.ones_like(g[0]) if scheduler.drift is None else scheduler.drift.lam.mean()
-    density = TIME_SAMPLINGS[sampling](process.variance(lam, g), torch.diff(g, prepend=g.new_zeros(1)))
+    density = TIME_SAMPLINGS[sampling](process.variance(scheduler.mean_rate, g), torch.diff(g, prepend=g.new_zeros(1)))
     if not torch.isfinite(density).all():
         raise ValueError(
             f"`time_sampling` {sampling!r} needs a signal at every time: this table has none at its last."

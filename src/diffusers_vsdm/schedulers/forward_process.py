@@ -50,6 +50,11 @@ class ForwardProcess(DriftOwner):
         r"""$\beta_t$ per unit of time, averaged over each training interval of length 1 / N; shape of `timesteps`."""
         return (-torch.log1p(-self.betas) * len(self)).to(timesteps.device)[timesteps]
 
+    @property
+    def mean_rate(self) -> Tensor:
+        r"""The mean of all $\lambda$, a scalar in float64; 1 without a drift."""
+        return torch.ones((), dtype=torch.float64) if self._drift is None else self._drift.lam.mean()
+
     def basis(self, like: Tensor) -> Basis:
         """The coordinates in which the process is elementwise, for tensors like this one.
 

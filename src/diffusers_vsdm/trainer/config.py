@@ -40,19 +40,31 @@ def setting(default: Any, text: str, choices: Any = None) -> Any:
 
 
 @dataclass
-class TrainingConfig:
-    """Settings of a run, with the names of Diffusers' `train_unconditional.py` where it has them."""
+class DataConfig:
+    """Where data come from."""
 
-    output_dir: str = setting("vsdm-model", "Folder for the pipeline, its metrics, pictures and card.")
-    overwrite_output_dir: bool = setting(False, "Write into a folder that exists and is not empty.")
-    dataset_name: str = setting("spiral-8y", f"An image data set on the Hub, or a toy: {', '.join(TOYS)}.")
-    num_train_samples: int = setting(100_000, "Points drawn from a toy distribution as the training set.")
+    dataset_name: str = setting("", f"An image data set on the Hub, or a toy: {', '.join(TOYS)}.")
     dataset_config_name: str = setting("", "Configuration of the data set on the Hub.")
     train_data_dir: str = setting("", "Folder of images or of parquet files, instead of a name.")
     cache_dir: str = setting("", "Folder for downloaded data sets, instead of the library's own.")
     image_column: str = setting("", "Column of the images; by default image, img, images or pixel_values.")
     channels: int = setting(3, "Channels of images: 1 for grayscale, 3 for colour, or as many as arrays have.")
     resolution: int = setting(0, "Size that images are resized and cropped to; 0 to take them as they are.")
+
+    @property
+    def is_toy(self) -> bool:
+        """Whether the data are one of the two-dimensional distributions."""
+        return not self.train_data_dir and self.dataset_name in TOYS
+
+
+@dataclass
+class TrainingConfig(DataConfig):
+    """Settings of a run, with the names of Diffusers' `train_unconditional.py` where it has them."""
+
+    output_dir: str = setting("vsdm-model", "Folder for the pipeline, its metrics, pictures and card.")
+    overwrite_output_dir: bool = setting(False, "Write into a folder that exists and is not empty.")
+    dataset_name: str = setting("spiral-8y", f"An image data set on the Hub, or a toy: {', '.join(TOYS)}.")
+    num_train_samples: int = setting(100_000, "Points drawn from a toy distribution as the training set.")
     max_train_samples: int = setting(0, "Images to use, the first ones; 0 for all.")
     random_flip: bool = setting(False, "Mirror images at random.")
     dataloader_num_workers: int = setting(0, "Processes that read images.")
@@ -193,11 +205,6 @@ class TrainingConfig:
                 f"`sa_stages` {self.sa_stages} do not fit into the {self.adaptive_steps} steps before lambda is"
                 " frozen: lower it, or raise `max_train_steps`."
             )
-
-    @property
-    def is_toy(self) -> bool:
-        """Whether the data are one of the two-dimensional distributions."""
-        return not self.train_data_dir and self.dataset_name in TOYS
 
     @property
     def likelihood_samples(self) -> int:

@@ -6,33 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import TOYS, sample_toy
+from ..data import sample_toy
 from ..likelihood import bits_per_dimension
 from ..objectives import Estimate
 from ..pipelines import VSDMPipeline
 from ..schedulers import VSDMScheduler
-from .config import TrainingConfig, setting
+from .config import DataConfig, setting
 from .pictures import EVALUATION_SEED
-from .setup import build_data
+from .setup import build_images
 
 
 VALUES_PER_BATCH = 1 << 18
-DATA = "dataset_name dataset_config_name train_data_dir cache_dir image_column channels resolution".split()
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(DataConfig):
     """Settings of `training/evaluate.py`."""
 
     pretrained_model_name_or_path: str = setting("", "The pipeline: a folder, or a repository of the Hub.")
     likelihood: bool = setting(False, "Measure the log-likelihood of data, and its bound under the SDE.")
-    dataset_name: str = setting("", f"An image data set on the Hub, or a toy: {', '.join(TOYS)}.")
-    dataset_config_name: str = setting("", "Configuration of the data set on the Hub.")
-    train_data_dir: str = setting("", "Folder of images or of parquet files, instead of a name.")
-    cache_dir: str = setting("", "Folder for downloaded data sets, instead of the library's own.")
-    image_column: str = setting("", "Column of the images; by default image, img, images or pixel_values.")
-    channels: int = setting(3, "Channels of images.")
-    resolution: int = setting(0, "Size that images are resized and cropped to; 0 to take them as they are.")
     num_samples: int = setting(1000, "Data samples, drawn without repetition.")
     batch_size: int = setting(0, "Samples at once; 0 for some 260,000 numbers.")
     num_times: int = setting(8, "Network calls of the bound for each sample.")
@@ -61,7 +53,7 @@ class EvaluationConfig:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
 
 
-def likelihood_data(config: TrainingConfig, dataset: Any, number: int, seed: int) -> Tensor:
+def likelihood_data(config: DataConfig, dataset: Any, number: int, seed: int) -> Tensor:
     """Data to measure a likelihood on.
 
     Args:
@@ -138,12 +130,11 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         ValueError: The data cannot be had, or do not fit the model.
         OSError: The pipeline cannot be loaded.
     """
-    data = TrainingConfig(**{name: getattr(config, name) for name in DATA})
     pipeline = VSDMPipeline.from_pretrained(config.pretrained_model_name_or_path)
     if not isinstance(pipeline.scheduler, VSDMScheduler):
         pipeline.scheduler = VSDMScheduler.from_config(pipeline.scheduler.config)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    samples = likelihood_data(data, None if data.is_toy else build_data(data), config.num_samples, config.seed)
+    samples = likelihood_data(config, None if config.is_toy else build_images(config), config.num_samples, config.seed)
     return measure_likelihood(
         pipeline,
         samples,

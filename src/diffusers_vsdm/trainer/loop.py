@@ -178,7 +178,7 @@ class Trainer:
         self.ema = self._new_ema(STAGE_EMA_DECAY if config.stage_steps else config.ema_max_decay)
         self.step = 0
         self.lambdas = [self.drift.lam.clone()]
-        self._times: tuple[Any, Tensor] | None = None  # their probabilities, and since when
+        self._times: tuple[Any, Tensor] | None = None  # their probabilities, and the drift's version
         self.losses: list[Tensor] = []
         self.seconds = self.sa_seconds = 0.0
         if config.resume_from_checkpoint:
@@ -290,10 +290,10 @@ class Trainer:
             return torch.randint(
                 len(self.scheduler), (number,), generator=self.generator, device=self.accelerator.device
             )
-        stage = len(self.lambdas), self.step >= self.config.adaptive_steps
-        if self._times is None or self._times[0] != stage:
+        version = self.drift.version()
+        if self._times is None or self._times[0] != version:
             weights = time_probabilities(self.scheduler, self.config.time_sampling)
-            self._times = stage, weights.float().to(self.accelerator.device)
+            self._times = version, weights.float().to(self.accelerator.device)
         return torch.multinomial(self._times[1], number, replacement=True, generator=self.generator)
 
     def _batches(self) -> Iterator[tuple[int, Tensor]]:

@@ -14,7 +14,7 @@ from ..data.images import load_images
 from ..drift import AdaptiveDiagonalDrift
 from ..models import build_model
 from ..schedulers import VSDMScheduler
-from .config import POWER_LAW, TrainingConfig
+from .config import POWER_LAW, DataConfig, TrainingConfig
 
 
 # enough for the moments of images: their means and variances are known to 1%
@@ -54,13 +54,22 @@ def build_data(config: TrainingConfig) -> Any:
     if config.is_toy:
         generator = torch.Generator().manual_seed(config.seed)
         return VectorDataset(sample_toy(config.dataset_name, config.num_train_samples, generator))
+    return build_images(config, config.max_train_samples or None)
+
+
+def build_images(config: DataConfig, max_samples: int | None = None) -> Any:
+    """A data set of images, or its first ones, with `event_shape` and batched access.
+
+    Raises:
+        ValueError: It cannot be had, or is damaged.
+    """
     try:
         return load_images(
             config.train_data_dir or config.dataset_name,
             config.image_column or None,
             config.channels,
             config.resolution or None,
-            config.max_train_samples or None,
+            max_samples,
             config.dataset_config_name or None,
             config.cache_dir or None,
         )

@@ -3,7 +3,7 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from diffusers_vsdm import AdaptiveDiagonalDrift, VSDMScheduler, process
@@ -233,6 +233,10 @@ def test_samples_of_every_solver_have_the_data_moments(name):
 TOLERANCE = {torch.float32: 0.02, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 
+# what rounding does to the first prediction must not be held for the third step
+@example(("dpmsolver++", 3), [1.0, 1.0, 2.0], 1.0, "epsilon", "quadratic", 10, torch.float32)
+@example(("trig", 3), [1.0, 1.0, 2.0], 1.0, "epsilon", "quadratic", 10, torch.float32)
+@example(("trig", 3), [1.0, 1.0, 2.0], 1.0, "epsilon", "quadratic", 12, torch.float32)
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from([(name, n) for name, solver in SOLVERS.items() for n in solver.rules]),

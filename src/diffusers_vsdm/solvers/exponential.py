@@ -34,6 +34,8 @@ ADAMS_BASHFORTH = {
     3: (23 / 12, -16 / 12, 5 / 12),
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 }
+# least a / s at which a prediction in float32 says anything of the data: its rounding is multiplied by s / a
+LEAST_SIGNAL = 1e-6
 # terms of the Taylor series of the moments below, enough for double precision at h <= 1
 SERIES = 18
 
@@ -112,14 +114,14 @@ class _Clock:
         self.l, self.l_next = process.log_snr(lam, g) / 2, process.log_snr(lam, g_next) / 2
         self.h = self.l_next - self.l
         self.to_data = bool((g_next[-1] == 0).all())
-        self.from_noise = bool(torch.isinf(g[0]).all())  # zero terminal SNR: infinitely far in l
+        self.blind = blind_calls(lam, g)
 
     def __len__(self) -> int:
         return len(self.a)
 
     def warm(self, i: int, order: int) -> int:
         """The order that the predictions so far allow."""
-        return min(order, max(1, i + 1 - self.from_noise))
+        return min(order, max(1, i + 1 - self.blind))
 
     def order_at(self, i: int, order: int, always_lower: bool = False) -> int:
         """As Diffusers: lower at both ends of a run of few steps, and 1 in a step to the data, which is infinite."""
@@ -165,6 +167,12 @@ class _Clock:
         return Coefficients(
             sample=growth, **columns("eps", [[step[i] * w for w in row] for i, row in enumerate(weights)])
         )
+
+
+def blind_calls(lam: Tensor, g: Tensor) -> int:
+    """How many calls are made where some dimension has no signal left, whose predictions are of no use later on."""
+    signal = process.log_snr(lam, g).reshape(len(g), -1).amin(1)
+    return int((signal < 2 * math.log(LEAST_SIGNAL)).sum())
 
 
 def _moments(h: Tensor, count: int) -> list[Tensor]:

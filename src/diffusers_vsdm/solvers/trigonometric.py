@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import process
 from .coefficients import Coefficients
-from .exponential import columns, moment_weights
+from .exponential import blind_calls, columns, moment_weights
 
 
 LEAST_VARIANCE = 1e-8  # of the largest, or of 1: dimensions that do not vary take the limit v -> 0
@@ -52,11 +52,11 @@ def trig(lam: Tensor, g: Tensor, g_next: Tensor, data_variance: Tensor) -> Coeff
     points, shares = (points + 1) / 2, shares / 2
     clock = torch.cat([g, g_next[-1:]]) ** 0.25
     start, end = angle(g), angle(g_next)
-    from_noise = bool(torch.isinf(g[0]).all())  # zero terminal SNR: no polynomial reaches there
+    blind = blind_calls(lam, g)
     weights = []
     for i in range(len(g)):
         step = clock[i + 1] - clock[i]
-        count = min(ORDER, max(1, i + 1 - from_noise))
+        count = min(ORDER, max(1, i + 1 - blind))
         total = end[i] - start[i]
         # by parts: of the angle itself, which is smoother than its rate
         turned = [angle((clock[i] + point * step) ** 4) - start[i] for point in points] if count > 1 else []

@@ -102,7 +102,7 @@ def few_steps(pipeline: VSDMPipeline, outer: int, inner: int) -> Tensor:
         for k, k_next in zip(times[:-1], times[1:], strict=True):
             dg = float(scheduler.integrated_beta[k] - scheduler.integrated_beta[k_next]) / inner
             for _ in range(inner):
-                score = scheduler.get_score(pipeline.unet(x, k).sample, k, x)
+                score = scheduler.get_score(pipeline.unet(scheduler.scale_model_input(x, k), k).sample, k, x)
                 x = x - dg * process.ode_drift(lam, x, score)
     return x
 

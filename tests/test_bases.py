@@ -92,7 +92,7 @@ def test_forward_process_is_that_of_the_dense_matrix():
     torch.testing.assert_close(scheduler.add_noise(x0, noise, torch.tensor([k])), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction", "score"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction", "score", "edm"])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_sampling_with_the_exact_score_gives_the_data(solver, prediction_type):
     """A Gaussian that is diagonal in the basis and not in pixels; the network answers in pixels."""
@@ -103,6 +103,8 @@ def test_sampling_with_the_exact_score_gives_the_data(solver, prediction_type):
     x = scheduler.sample_prior((n, *EVENT), generator=torch.Generator().manual_seed(0)).double()
     outputs = {"epsilon": lambda e, x0, a, s: e, "sample": lambda e, x0, a, s: x0}
     outputs |= {"v_prediction": lambda e, x0, a, s: a * e - s * x0, "score": lambda e, x0, a, s: -e / s}
+    p = drift.data_mean**2 + drift.data_variance
+    outputs["edm"] = lambda e, x0, a, s: (s * x0 / p.sqrt() - a * p.sqrt() * e) / (a**2 * p + s**2).sqrt()
     generator = torch.Generator().manual_seed(1)
     for k in scheduler.timesteps:
         g = scheduler.integrated_beta_at(k)

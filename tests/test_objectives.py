@@ -24,8 +24,9 @@ def test_weighted_loss_does_not_depend_on_what_the_network_predicts(weighting):
     x0, eps = batch()
     wrong_eps = eps + 0.1 * torch.randn_like(eps)
     losses = []
-    for name, network in PARAMETERIZATIONS.items():
+    for name in PARAMETERIZATIONS:
         scheduler = scheduler_for(ANISOTROPIC, prediction_type=name)
+        network = scheduler.parameterization
         x = scheduler.add_noise(x0, eps, K)
         a, s = scheduler.marginal_scales(x0, K)
         output = network.target((x - s * wrong_eps) / a, wrong_eps, a, s)  # consistent with x
@@ -88,10 +89,10 @@ def test_times_are_drawn_as_often_as_the_objective_says(sampling):
     p = time_probabilities(scheduler, sampling)
     assert p.shape == (100,) and float(p.sum()) == pytest.approx(1)
     lam, g = ANISOTROPIC.lam.mean(), scheduler.integrated_beta
-    slope = {
-        "uniform": torch.ones(100).double(),
-        "log_snr": torch.diff(g, prepend=g[:1] * 0) * lam / -torch.expm1(-lam * g),
-    }
+    growth = torch.diff(g, prepend=g[:1] * 0) * lam / -torch.expm1(-lam * g)
+    log_sigma = torch.log(torch.expm1(lam * g) / lam) / 2
+    normal = torch.exp(-((log_sigma + 1.2) ** 2) / (2 * 1.2**2))
+    slope = {"uniform": torch.ones(100).double(), "log_snr": growth, "log_normal": growth * normal}
     torch.testing.assert_close(p, slope[sampling] / slope[sampling].sum(), rtol=1e-9, atol=0)
 
 

@@ -231,11 +231,12 @@ def test_parameterizations_invert(name, lam, k):
     x0, eps = torch.randn(4, 3).double(), torch.randn(4, 3).double()
     x = scheduler.add_noise(x0, eps, torch.tensor([k]))
     a, s = scheduler.marginal_scales(x0, torch.tensor([k]))
-    output = PARAMETERIZATIONS[name].target(x0, eps, a, s)
+    network = scheduler.parameterization
+    output = network.target(x0, eps, a, s)
     torch.testing.assert_close(scheduler.get_score(output, k, x), -eps / s, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(scheduler.step(output, k, x).pred_original_sample, x0, rtol=1e-4, atol=1e-5)
-    shifted = PARAMETERIZATIONS[name].eps(output + 1e-3, x, a, s) - PARAMETERIZATIONS[name].eps(output, x, a, s)
-    expected = 1e-3 * PARAMETERIZATIONS[name].eps_terms(a, s)[1]
+    shifted = network.eps(output + 1e-3, x, a, s) - network.eps(output, x, a, s)
+    expected = 1e-3 * network.eps_terms(a, s)[1]
     torch.testing.assert_close(shifted.abs(), expected.expand_as(shifted).abs(), rtol=1e-5, atol=1e-12)
 
 

@@ -9,6 +9,7 @@ References:
     Song et al. (2021), "Maximum Likelihood Training of Score-Based Diffusion Models": `likelihood`.
     Hang et al. (2023), "Efficient Diffusion Training via Min-SNR Weighting Strategy": `min_snr`.
     Kingma et al. (2021), "Variational Diffusion Models": times uniform in the log-SNR.
+    Karras et al. (2022), "Elucidating the Design Space of Diffusion-Based Generative Models": `log_normal`.
 """
 
 from collections.abc import Callable
@@ -31,10 +32,15 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor] | None] = {
     "min_snr": lambda a, s, beta: (MIN_SNR_GAMMA * (s / a) ** 2).clamp(max=1),
 }
 
-# (s^2, beta) at all training times to how often each is drawn
+LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.2, 1.2  # of `log_normal`, by Karras et al. for images in [-1, 1]
+
+# log sigma = log(s / a) at all training times, and twice its growth since the one before, to how often each is drawn
 TIME_SAMPLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "uniform": lambda s2, beta: torch.ones_like(s2),
-    "log_snr": lambda s2, beta: beta / s2,
+    "uniform": lambda log_sigma, growth: torch.ones_like(growth),
+    "log_snr": lambda log_sigma, growth: growth,
+    "log_normal": lambda log_sigma, growth: (
+        growth * (-0.5 * ((log_sigma - LOG_SIGMA_MEAN) / LOG_SIGMA_STD) ** 2).exp()
+    ),
 }
 
 
@@ -47,15 +53,17 @@ def time_probabilities(scheduler: VSDMScheduler, sampling: str) -> Tensor:
 
     Args:
         scheduler ([`VSDMScheduler`]): The process.
-        sampling (`str`): Key of [`TIME_SAMPLINGS`]: `uniform`, or `log_snr` for uniform in the log-SNR.
+        sampling (`str`): Key of [`TIME_SAMPLINGS`]: `uniform`, `log_snr` for uniform in the log-SNR, or `log_normal`
+            for a normal law of log(s / a), that of Karras et al.
 
     Raises:
         ValueError: The name is not known, or there is no signal at the last time.
     """
     if sampling not in TIME_SAMPLINGS:
         raise ValueError(f"`time_sampling` must be one of {tuple(TIME_SAMPLINGS)}, got {sampling!r}.")
-    g = scheduler.integrated_beta
-    density = TIME_SAMPLINGS[sampling](process.variance(scheduler.mean_rate, g), torch.diff(g, prepend=g.new_zeros(1)))
+    g, lam = scheduler.integrated_beta, scheduler.mean_rate
+    growth = torch.diff(g, prepend=g.new_zeros(1)) / process.variance(lam, g)
+    density = TIME_SAMPLINGS[sampling](-0.5 * process.log_snr(lam, g), growth)
     if not torch.isfinite(density).all():
         raise ValueError(
             f"`time_sampling` {sampling!r} needs a signal at every time: this table has none at its last."

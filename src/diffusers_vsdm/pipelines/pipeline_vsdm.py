@@ -239,7 +239,8 @@ class VSDMPipeline(DiffusionPipeline):
         return replace(bound, reconstruction=bound.reconstruction - log_volume)
 
     def _score(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        output = self.unet(x.to(self.unet.dtype), timesteps, return_dict=False)[0]
+        model_input = self.scheduler.scale_model_input(x, timesteps).to(self.unet.dtype)
+        output = self.unet(model_input, timesteps, return_dict=False)[0]
         return self.scheduler.get_score(output.to(x.dtype), timesteps, x)
 
     def _to_model_units(self, samples: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

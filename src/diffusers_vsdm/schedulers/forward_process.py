@@ -8,7 +8,7 @@ from ..bases import Basis, IdentityBasis
 from ..discrete import DiscreteProcess, integrated_beta_at
 from .drift_owner import DriftOwner
 from .marginals import Marginals
-from .parameterization import PARAMETERIZATIONS, Parameterization
+from .parameterization import PARAMETERIZATIONS, SIGMA_DATA, Parameterization, edm
 from .tables import LEARNED
 
 
@@ -40,7 +40,18 @@ class ForwardProcess(DriftOwner):
     @property
     def parameterization(self) -> Parameterization:
         """What the network predicts (`prediction_type`), as functions."""
+        if self._internal_dict["prediction_type"] == "edm":
+            return self._cached("edm", lambda: edm(self._data_power()))
         return PARAMETERIZATIONS[self._internal_dict["prediction_type"]]
+
+    def _data_power(self) -> Tensor:
+        """$E x_0^2$ in the basis for `edm`: a scalar where it is one number for all dimensions."""
+        sigma_data, drift = self._internal_dict["sigma_data"], self._drift
+        if drift is None or sigma_data is not None:
+            return torch.tensor(sigma_data or SIGMA_DATA, dtype=torch.float64) ** 2
+        power = drift.data_mean**2 + drift.data_variance
+        one = power.flatten()[0]
+        return one if (power == one).all() else power
 
     def integrated_beta_at(self, timesteps: Tensor | int) -> Tensor:
         r"""$g_t = -\log\bar\alpha_t$ at training steps, whole or between two; their shape, in float64."""
@@ -58,9 +69,20 @@ class ForwardProcess(DriftOwner):
     def basis(self, like: Tensor) -> Basis:
         """The coordinates in which the process is elementwise, for tensors like this one.
 
-        Where lambda is one number the process is the same in every basis, and this is the identity.
+        Where lambda is one number the process is the same in every basis, and this is the identity; unless the
+        network's preconditioning has a number for each dimension.
         """
-        return self._basis(like, self._rates().lam)
+        return self._basis(like, self._numbers())
+
+    def _numbers(self) -> Tensor:
+        """Lambda, shaped as the event unless one number serves for all dimensions wherever the network enters."""
+
+        def make() -> Tensor:
+            lam = self._rates().lam
+            is_edm = self._internal_dict["prediction_type"] == "edm"
+            return lam.reshape(lam.shape or [1] * self._data_power().ndim) if is_edm else lam
+
+        return self._cached("numbers", make)
 
     def _basis(self, like: Tensor, numbers: Tensor) -> Basis:
         drift = self._drift
@@ -83,7 +105,7 @@ class ForwardProcess(DriftOwner):
         dtype = original_samples.dtype
 
         def make() -> tuple[Basis, torch.dtype, Marginals]:
-            basis = self.basis(original_samples.to(at_least_float32(dtype)))
+            basis = self._basis(original_samples.to(at_least_float32(dtype)), self._rates().lam)
             computed_in = dtype if isinstance(basis, IdentityBasis) else at_least_float32(dtype)
             return basis, computed_in, self._marginals(original_samples, computed_in)
 
@@ -96,9 +118,23 @@ class ForwardProcess(DriftOwner):
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         r"""$v = a_t \epsilon - s_t x_0$, the target of `v_prediction`; shapes as in [`add_noise`]."""
         a, s = self.marginal_scales(sample, timesteps)
-        basis = self.basis(s)
+        basis = self._basis(s, self._rates().lam)
         x0, eps = (basis.to_basis(x.to(s.dtype)) for x in (sample, noise))
         return basis.from_basis(PARAMETERIZATIONS["v_prediction"].target(x0, eps, a, s)).to(sample.dtype)
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor) -> Tensor:
+        """What the network sees of $x_t$: the sample itself, but scaled to size 1 for the prediction type `edm`.
+
+        Args:
+            sample (`Tensor`): $x_t$, `(batch, *event_shape)`.
+            timestep (`Tensor` or `int`): Training steps, `(batch,)` or one for all; fractional ones lie between two.
+        """
+        scale = self.parameterization.input_scale
+        if scale is None:
+            return sample
+        a, s = self.marginal_scales(sample, timestep)
+        basis = self.basis(s)
+        return basis.from_basis(basis.to_basis(sample.to(s.dtype)) * scale(a, s)).to(sample.dtype)
 
     def get_score(self, model_output: Tensor, timesteps: Tensor | int, sample: Tensor) -> Tensor:
         r"""The score $-\hat\epsilon / s_t$ of Eq. 17 and 18 that a network's output stands for, without clipping.

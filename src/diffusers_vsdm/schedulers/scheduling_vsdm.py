@@ -24,7 +24,7 @@ from ..statistics import as_batches
 from .forward_process import ForwardProcess, at_least_float32, check_agree
 from .grids import SPACINGS, TIME_GRIDS, continuous_grid, custom_grid, inference_grid
 from .marginals import log_sigma
-from .parameterization import PARAMETERIZATIONS
+from .parameterization import PARAMETERIZATIONS, SIGMA_DATA
 from .prior import GaussianPrior
 from .tables import LEARNED, VARIANCE_TYPES, Call, combine, learned_std, make_calls
 
@@ -65,8 +65,8 @@ class VSDMScheduler(ForwardProcess):
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: Clipping of the
             predicted data, as in `DDPMScheduler`; solvers that step by the predicted noise alone (`euler`, `heun`,
             `euler-maruyama`) are not changed by it.
-        prediction_type (`str`, defaults to `"epsilon"`): `epsilon`, `sample`, `score` or `v_prediction`
-            ($v = a \epsilon - s x_0$).
+        prediction_type (`str`, defaults to `"epsilon"`): `epsilon`, `sample`, `score`, `v_prediction`
+            ($v = a \epsilon - s x_0$) or `edm`, the preconditioning of Karras et al. (2022).
         timestep_spacing, steps_offset: As in `DDPMScheduler`.
         solver (`str`, defaults to `"ddpm"`): Key of [`SOLVERS`]. It is never inferred from a foreign configuration.
         solver_order (`int`, defaults to 2): Predictions that the multistep solvers use: 1 to 3 for `dpmsolver++` and
@@ -83,6 +83,8 @@ class VSDMScheduler(ForwardProcess):
             data. Without a drift it is N(0, I), as for stock schedulers.
         final_sigmas_type (`str`, defaults to `"zero"`): Whether sampling ends at the data (`"zero"`) or at the first
             training time (`"sigma_min"`).
+        sigma_data (`float`, *optional*): Standard deviation of the data for `edm`. Defaults to the root of $E x_0^2$
+            of each dimension, by the drift's moments, and without a drift to 0.5.
         drift_sha256 (`str`, *optional*): Digest of the drift that belongs to this configuration; written by the
             scheduler itself. See [`set_drift`].
 
@@ -117,6 +119,7 @@ class VSDMScheduler(ForwardProcess):
         time_grid: str | None = None,
         prior_type: str = "conditional",
         final_sigmas_type: str = "zero",
+        sigma_data: float | None = None,
         drift_sha256: str | None = None,
     ):
         choices = {
@@ -131,6 +134,8 @@ class VSDMScheduler(ForwardProcess):
         for name, (value, allowed) in choices.items():
             if value not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
+        if sigma_data is not None and not sigma_data > 0:
+            raise ValueError(f"`sigma_data` must be positive or None, got {sigma_data}.")
         # where DDPMScheduler takes anything, so does this class, but says so
         if variance_type not in VARIANCE_TYPES:
             logger.warning(f"`variance_type` {variance_type!r} is none of {VARIANCE_TYPES}: taken as 'fixed_small'.")
@@ -210,7 +215,7 @@ class VSDMScheduler(ForwardProcess):
 
     def _rates_of_step(self) -> tuple[Tensor, Tensor]:
         """Lambda, and the data's variance where the solver uses it: scalars, or both with the event's dimensions."""
-        lam = self._rates().lam
+        lam = self._numbers()
         if self._drift is None or not self._solver.uses_moments:
             return lam, torch.ones_like(lam)
         variance = self._drift.data_variance
@@ -426,8 +431,16 @@ class VSDMScheduler(ForwardProcess):
                 `(n, *event_shape)`; some hundreds will do.
             basis (`str`, defaults to `"dct"`): Basis of the moments, where there is no drift yet. Images are
                 uncorrelated in `"dct"`, nearly, and not in `"identity"`; vectors have only the latter.
+
+        Raises:
+            ValueError: The network's preconditioning goes by the moments that there are (`edm` without `sigma_data`).
         """
-        drift = self._drift
+        drift, config = self._drift, self._internal_dict
+        if config["prediction_type"] == "edm" and config["sigma_data"] is None:
+            raise ValueError(
+                "The network was trained with `edm` preconditioning by other moments: set `sigma_data` to what it was"
+                f" trained with ({SIGMA_DATA} without a drift)."
+            )
         if drift is None:
             first, batches = itertools.tee(as_batches(data))
             shape = tuple(next(first).shape[1:])
@@ -438,10 +451,6 @@ class VSDMScheduler(ForwardProcess):
         self.register_to_config(prior_type="marginal")
         defaults = self._internal_dict.get("_use_default_values", [])
         self.register_to_config(_use_default_values=[key for key in defaults if key != "prior_type"])
-
-    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """The identity: the network sees the sample as it is."""
-        return sample
 
     def step(
         self,

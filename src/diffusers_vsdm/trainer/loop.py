@@ -253,7 +253,7 @@ class Trainer:
             index, sample = next(batches)
             with self.accelerator.accumulate(self.model):
                 sample, noise, timesteps = self._draw(index, sample)
-                prediction = self.model(self.scheduler.add_noise(sample, noise, timesteps), timesteps).sample
+                prediction = self._predict(self.model, self.scheduler.add_noise(sample, noise, timesteps), timesteps)
                 loss = denoising_score_matching(
                     self.scheduler, prediction, sample, noise, timesteps, self.config.weighting
                 )
@@ -268,6 +268,9 @@ class Trainer:
         if self.ema is not None:
             self.ema.step(self.network.parameters())
         self.losses = [*self.losses[1 - LOSS_WINDOW :], total]
+
+    def _predict(self, network: torch.nn.Module, x: Tensor, timesteps: Tensor | int) -> Tensor:
+        return network(self.scheduler.scale_model_input(x, timesteps), timesteps).sample
 
     def _draw(self, index: int, sample: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The `index`-th batch in model units, its noise and its times.
@@ -314,7 +317,7 @@ class Trainer:
         accelerator = self.accelerator
         with self._averaged_network() as network:
             output = self.approximation.update(
-                lambda x, k: self.scheduler.get_score(network(x, k).sample, k, x),
+                lambda x, k: self.scheduler.get_score(self._predict(network, x, k), k, x),
                 device=accelerator.device,
                 process_index=accelerator.process_index,
                 num_processes=accelerator.num_processes,

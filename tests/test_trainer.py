@@ -299,10 +299,10 @@ def test_the_likelihood_is_in_the_card_and_measured_again_by_the_command_line(la
     assert told["bound"] == pytest.approx(told["prior_loss"] + told["drift_matching"] + told["reconstruction"])
     command = [sys.executable, str(SCRIPT.with_name("evaluate.py")), "--likelihood", "--dataset_name=spiral-8y"]
     command += [f"--pretrained_model_name_or_path={launched}", f"--num_samples={told['num_samples']}"]
-    command += [f"--output_file={tmp_path / 'record.json'}"]
+    command += [f"--output_dir={tmp_path}"]
     outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert outcome.returncode == 0, outcome.stderr
-    again = json.loads((tmp_path / "record.json").read_text())["metrics"]
+    again = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert again["nll"] == pytest.approx(told["nll"], rel=1e-5)  # the same points
     assert f"nll: {again['nll']:.4f} ± {again['nll_standard_error']:.4f}" in outcome.stdout
 

@@ -1,17 +1,21 @@
-"""How likely data are under a model: what training reports, and `training/evaluate.py`."""
+"""`training/evaluate.py` without its command line, and how likely data are under a model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from ..data import sample_toy
 from ..likelihood import bits_per_dimension
+from ..metrics.fidelity import FeatureStatistics, InceptionFeatures
 from ..objectives import Estimate
 from ..pipelines import VSDMPipeline
 from ..schedulers import VSDMScheduler
 from .config import DataConfig, setting
+from .fidelity import PRECISIONS, FidelityReport, SamplingRun, measure_fidelity, reference_features
 from .pictures import EVALUATION_SEED
 from .setup import build_images
 
@@ -24,15 +28,28 @@ class EvaluationConfig(DataConfig):
     """Settings of `training/evaluate.py`."""
 
     pretrained_model_name_or_path: str = setting("", "The pipeline: a folder, or a repository of the Hub.")
-    likelihood: bool = setting(False, "Measure the log-likelihood of data, and its bound under the SDE.")
-    num_samples: int = setting(1000, "Data samples, drawn without repetition.")
+    output_dir: str = setting("", "Folder for `metrics.json`, and for samples and pictures.")
+    seed: int = setting(0, "Seed of choices, dequantisation, estimates and samples.")
     batch_size: int = setting(0, "Samples at once; 0 for some 260,000 numbers.")
+
+    likelihood: bool = setting(False, "Measure the log-likelihood of data, and its bound under the SDE.")
+    num_samples: int = setting(1000, "Data samples for the likelihood, drawn without repetition.")
     num_times: int = setting(8, "Network calls of the bound for each sample.")
     divergence: str = setting("", "exact, rademacher or gaussian; by default exact in up to 256 dimensions.")
     rtol: float = setting(1e-5, "Relative tolerance of the adaptive solver.")
     atol: float = setting(1e-5, "Absolute tolerance of the adaptive solver.")
-    seed: int = setting(0, "Seed of the choice, of dequantisation and of the estimates.")
-    output_file: str = setting("", "JSON file for the record.")
+
+    fidelity: bool = setting(False, "Sample images and measure FID, and with data KID, precision and recall.")
+    runs: list[str] = field(
+        default_factory=lambda: ["heun@35"],
+        metadata={"help": "Ways to sample, solver[:order][/time_grid]@evaluations: heun@35 dpmsolver++:3/karras@10."},
+    )
+    num_images: int = setting(50_000, "Images to sample by each of them.")
+    statistics: str = setting("", "File of the data's features' mean and covariance, .npz; by default of the data.")
+    num_reference_images: int = setting(10_000, "Images of the data to compare with, drawn without repetition.")
+    save_statistics: str = setting("", "Write such a file, of these images.")
+    feature_weights: str = setting("", "Weights of FID's Inception network; by default torch-fidelity downloads them.")
+    mixed_precision: str = setting("no", "Precision of the network in sampling.", PRECISIONS)
 
     def __post_init__(self) -> None:
         """Check each setting.
@@ -40,17 +57,25 @@ class EvaluationConfig(DataConfig):
         Raises:
             ValueError: A setting is missing or out of its range.
         """
+        has_data = bool(self.dataset_name or self.train_data_dir)
         if not self.pretrained_model_name_or_path:
             raise ValueError("`pretrained_model_name_or_path` is missing: name a folder or a repository.")
-        if not self.likelihood:
-            raise ValueError("There is nothing to evaluate: pass --likelihood.")
-        if not self.dataset_name and not self.train_data_dir:
+        if not self.likelihood and not self.fidelity:
+            raise ValueError("There is nothing to evaluate: pass --likelihood or --fidelity.")
+        if not has_data and (self.likelihood or not self.statistics or self.save_statistics):
             raise ValueError("`dataset_name` or `train_data_dir` is missing: name the data to evaluate on.")
-        if self.num_samples < 2:
-            raise ValueError(f"`num_samples` must be at least 2, for a standard error, got {self.num_samples}.")
+        if self.fidelity and not self.output_dir:
+            raise ValueError("`output_dir` is missing: samples are kept there, so that an interrupted run can go on.")
+        for name in ("num_samples", "num_images", "num_reference_images"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"`{name}` must be at least 2, got {getattr(self, name)}.")
         for name in ("num_times", "rtol", "atol"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        if self.mixed_precision not in PRECISIONS:
+            raise ValueError(f"`mixed_precision` must be one of {tuple(PRECISIONS)}, got {self.mixed_precision!r}.")
+        for run in self.runs:
+            SamplingRun.parse(run)
 
 
 def likelihood_data(config: DataConfig, dataset: Any, number: int, seed: int) -> Tensor:
@@ -124,24 +149,68 @@ def measure_likelihood(
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
-    """Evaluate a saved pipeline; returns the record.
+    """Evaluate a saved pipeline; returns the record, on the main process.
 
     Raises:
-        ValueError: The data cannot be had, or do not fit the model.
+        ValueError: The data cannot be had, or do not fit the model or the statistics.
         OSError: The pipeline cannot be loaded.
+        ImportError: A library that this needs is not installed.
+        FloatingPointError: Samples are not finite.
     """
+    state = PartialState()
     pipeline = VSDMPipeline.from_pretrained(config.pretrained_model_name_or_path)
     if not isinstance(pipeline.scheduler, VSDMScheduler):
         pipeline.scheduler = VSDMScheduler.from_config(pipeline.scheduler.config)
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    samples = likelihood_data(config, None if config.is_toy else build_images(config), config.num_samples, config.seed)
-    return measure_likelihood(
+    pipeline.to(state.device)
+    has_images = bool(config.dataset_name or config.train_data_dir) and not config.is_toy
+    dataset = build_images(config) if has_images else None
+    record: dict[str, Any] = {}
+    if config.likelihood and state.is_main_process:
+        samples = likelihood_data(config, dataset, config.num_samples, config.seed)
+        estimate = (config.divergence or None, config.rtol, config.atol)
+        record |= measure_likelihood(pipeline, samples, config.batch_size, config.num_times, config.seed, *estimate)
+    if config.fidelity:
+        report = evaluate_fidelity(config, pipeline, dataset)
+        record |= {"num_images": report.num_samples, "runs": report.rows, "table": report.table()}
+    return record
+
+
+def evaluate_fidelity(config: EvaluationConfig, pipeline: VSDMPipeline, dataset: Any) -> FidelityReport:
+    """The part of [`evaluate`] that samples images.
+
+    Args:
+        config: The settings.
+        pipeline: The model, on its device.
+        dataset: Images to compare with; None if there are only statistics.
+    """
+    shape = pipeline.event_shape
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise ValueError(f"FID is for images of 1 or 3 channels, not for samples of shape {shape}.")
+    if dataset is not None and dataset.event_shape != shape:
+        raise ValueError(
+            f"The data are {dataset.event_shape}, the model's images {shape}: set `resolution`, `channels`."
+        )
+    features, folder = InceptionFeatures(config.feature_weights or None, pipeline.unet.device), Path(config.output_dir)
+    about = {"network": features.digest, "shape": "x".join(map(str, shape))}
+    reference = statistics = None
+    if dataset is not None:
+        number = config.num_reference_images
+        reference = reference_features(dataset, number, config.seed, folder / "reference", features)
+        statistics = FeatureStatistics.of(reference, **about)
+        if config.save_statistics and PartialState().is_main_process:
+            statistics.save(config.save_statistics)
+    if config.statistics:
+        statistics = FeatureStatistics.load(config.statistics)
+        statistics.check(reference, **about)
+    return measure_fidelity(
         pipeline,
-        samples,
-        config.batch_size,
-        config.num_times,
+        [SamplingRun.parse(run) for run in config.runs],
+        config.num_images,
+        config.batch_size or 250,
         config.seed,
-        config.divergence or None,
-        config.rtol,
-        config.atol,
+        folder,
+        features,
+        statistics,
+        reference,
+        config.mixed_precision,
     )

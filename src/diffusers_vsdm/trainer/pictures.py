@@ -37,9 +37,14 @@ def picture_samples(pipeline: VSDMPipeline, num_samples: int, num_steps: int | N
         axes = figure.subplots()
         axes.scatter(samples[:, 0], samples[:, 1], s=1.5, linewidths=0, color="tab:blue")
         return _as_picture(figure)
-    shown = samples if samples.shape[-1] == 3 else samples[..., :1]
-    rows = max(n for n in range(1, math.isqrt(num_samples) + 1) if num_samples % n == 0)
-    grid = make_image_grid(VSDMPipeline.numpy_to_pil(shown), rows, num_samples // rows)
+    return picture_grid(samples)
+
+
+def picture_grid(images: np.ndarray) -> Image.Image:
+    """Images `(n, H, W, C)` in [0, 1] in a grid as nearly square as can be; their first channel unless 3."""
+    shown = images if images.shape[-1] == 3 else images[..., :1]
+    rows = max(n for n in range(1, math.isqrt(len(shown)) + 1) if len(shown) % n == 0)
+    grid = make_image_grid(VSDMPipeline.numpy_to_pil(shown), rows, len(shown) // rows)
     scale = math.ceil(LEAST_SIDE / max(grid.size))
     return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
 
@@ -63,6 +68,24 @@ def summary(lam: Tensor) -> list[float]:
     """Lambda itself where it is short, else its quantiles 0, 1/4, 1/2, 3/4 and 1."""
     flat = lam.flatten()
     return (flat if len(flat) <= FEW else flat.quantile(torch.linspace(0, 1, 5, dtype=flat.dtype))).tolist()
+
+
+def picture_fidelity(rows: list[dict[str, Any]], measure: str, name: str) -> Image.Image:
+    """A measure of samples against the network calls that they took, a line for each solver.
+
+    Args:
+        rows: Of [`FidelityReport`].
+        measure: A key of theirs.
+        name: Of the axis.
+    """
+    figure = _figure(5, 3.4)
+    axes = figure.subplots()
+    for solver in dict.fromkeys(row["run"].split("@")[0] for row in rows):
+        points = sorted((row["evaluations"], row[measure]) for row in rows if row["run"].split("@")[0] == solver)
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=solver)
+    axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel=name)
+    axes.legend(fontsize="small")
+    return _as_picture(figure)
 
 
 def picture_drift(lambdas: Tensor, final: Tensor, scale: float, varies: bool = False) -> Image.Image:

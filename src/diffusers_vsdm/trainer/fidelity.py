@@ -1,0 +1,219 @@
+"""How good a model's images are: samples by several solvers in several numbers of network calls, and their FID."""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from ..metrics.fidelity import (
+    FeatureStatistics,
+    InceptionFeatures,
+    fid_name,
+    frechet_distance,
+    kernel_distance_and_coverage,
+)
+from ..pipelines import VSDMPipeline
+from ..schedulers import VSDMScheduler
+from ..schedulers.grids import TIME_GRIDS
+from ..solvers import SOLVERS
+from .pictures import picture_grid
+from .shards import load_shards, make_shards
+
+
+SHOWN = 64  # images of a grid
+PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class SamplingRun:
+    """One way to sample: `solver[:order][/time_grid]@evaluations`, for instance `dpmsolver++:3/karras@10`.
+
+    Attributes:
+        solver: Key of [`SOLVERS`].
+        evaluations: Network calls, at most.
+        order: Of the solver; None for the pipeline's.
+        time_grid: Key of [`TIME_GRIDS`]; None for the solver's own.
+    """
+
+    solver: str
+    evaluations: int
+    order: int | None = None
+    time_grid: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read the notation.
+
+        Raises:
+            ValueError: It is not one, or names no solver or grid.
+        """
+        found = re.fullmatch(r"(?P<solver>[^:/@]+)(:(?P<order>\d+))?(/(?P<grid>[^:/@]+))?@(?P<calls>\d+)", text)
+        if not found:
+            raise ValueError(f"`runs` must be like 'heun@35' or 'dpmsolver++:3/karras@10', got {text!r}.")
+        if found["solver"] not in SOLVERS:
+            raise ValueError(f"`runs`: the solver must be one of {tuple(SOLVERS)}, got {found['solver']!r}.")
+        if found["grid"] not in (None, *TIME_GRIDS):
+            raise ValueError(f"`runs`: the time grid must be one of {TIME_GRIDS}, got {found['grid']!r}.")
+        order = int(found["order"]) if found["order"] else None
+        run = cls(found["solver"], int(found["calls"]), order, found["grid"])
+        if run.num_steps < 1:
+            raise ValueError(f"`runs`: {text!r} has too few evaluations for a step.")
+        return run
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the solver; the last of a solver with several calls in a step needs one."""
+        calls = SOLVERS[self.solver].calls_per_step
+        return (self.evaluations + calls - 1) // calls
+
+    def scheduler(self, scheduler: VSDMScheduler) -> VSDMScheduler:
+        """That scheduler, with its drift, for this run."""
+        order = {} if self.order is None else {"solver_order": self.order}
+        return VSDMScheduler.from_config(scheduler.config, solver=self.solver, time_grid=self.time_grid, **order)
+
+    def __str__(self) -> str:
+        order = "" if self.order is None else f":{self.order}"
+        return f"{self.solver}{order}{f'/{self.time_grid}' if self.time_grid else ''}@{self.evaluations}"
+
+
+def as_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] as whole numbers 0 to 255.
+
+    Raises:
+        FloatingPointError: They are not finite.
+    """
+    if not torch.isfinite(images).all():
+        raise FloatingPointError("The samples hold NaN or infinite values: the solver or the network overflowed.")
+    return (images * 255).round().to(torch.uint8).cpu()
+
+
+def digest(pipeline: VSDMPipeline) -> str:
+    """Of all that a sample depends on: weights, scheduler with its drift, normalizer."""
+    found = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
+    for part in (pipeline.unet, pipeline.normalizer):
+        for name, tensor in sorted(({} if part is None else part.state_dict()).items()):
+            found.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+@dataclass
+class FidelityReport:
+    """What [`measure_fidelity`] leaves in its folder.
+
+    Attributes:
+        rows: For each run its settings and measures.
+        num_samples: Samples of each.
+    """
+
+    rows: list[dict[str, Any]]
+    num_samples: int
+
+    def table(self) -> str:
+        """The measures as a table in Markdown."""
+        names = {"fid": fid_name(self.num_samples), "kid": "KID x 1000", "precision": "precision", "recall": "recall"}
+        shown = [name for name in names if name in self.rows[0]]
+        lines = [["run", "evaluations", *(names[name] for name in shown)], ["---"] * (len(shown) + 2)]
+        for row in self.rows:
+            values = (row[name] * (1000 if name == "kid" else 1) for name in shown)
+            lines.append([row["run"], str(row["evaluations"]), *(f"{value:.2f}" for value in values)])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def measure_fidelity(
+    pipeline: VSDMPipeline,
+    runs: list[SamplingRun],
+    num_samples: int,
+    batch_size: int,
+    seed: int,
+    folder: Path,
+    features: InceptionFeatures,
+    statistics: FeatureStatistics | None,
+    reference: Tensor | None,
+    mixed_precision: str = "no",
+) -> FidelityReport:
+    """Sample by every run, in pieces that are kept, and compare with data.
+
+    All processes sample, and return when the pieces are there; only the main one measures.
+
+    Args:
+        pipeline: The model of images.
+        runs: The ways to sample.
+        num_samples: Samples by each; the first noise of a sample is the same in all runs.
+        batch_size: Samples in a piece.
+        seed: Of the samples.
+        folder: Where the pieces are kept, with a grid of samples for each run.
+        features: The feature network.
+        statistics: Of the data, for FID; by default those of `reference`.
+        reference: Features of data `(m, d)`, for KID, precision and recall.
+        mixed_precision: `bf16` or `fp16` for the network, or `no`.
+
+    Raises:
+        ValueError: The folder holds other samples, or a run is not defined for this model.
+        FloatingPointError: Samples are not finite.
+    """
+    scheduler, device = pipeline.scheduler, pipeline.unet.device
+    model, rows = digest(pipeline), []
+    pipeline.set_progress_bar_config(disable=True)
+    for run in runs:
+        pipeline.scheduler = run.scheduler(scheduler)
+        pipeline.scheduler.set_timesteps(run.num_steps)
+        evaluations = len(pipeline.scheduler.timesteps)
+
+        def make(first: int, last: int, run: SamplingRun = run) -> dict[str, Tensor]:
+            generator = torch.Generator(device).manual_seed(seed * 1_000_000_007 + first)
+            with torch.autocast(device.type, PRECISIONS[mixed_precision], enabled=mixed_precision != "no"):
+                (found,) = pipeline(last - first, generator, run.num_steps, output_type="pt", return_dict=False)
+            images = as_bytes(found)
+            return {"images": images, "features": features(images)}
+
+        place = folder / "samples" / str(run).replace("/", "-")
+        key = json.dumps([model, str(run), seed, mixed_precision, features.digest])
+        try:
+            make_shards(place, key, num_samples, batch_size, make, str(run))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"Run {run}: {error}") from error
+        if not PartialState().is_main_process:
+            continue
+        found = load_shards(place, num_samples, batch_size, "features")
+        row: dict[str, Any] = {"run": str(run), **asdict(run), "evaluations": evaluations}
+        row |= {"num_steps": run.num_steps, "num_samples": num_samples}
+        if statistics is not None:
+            row["fid"] = frechet_distance(found, statistics)
+        if reference is not None:
+            row |= kernel_distance_and_coverage(found, reference)
+        rows.append(row)
+        shown = load_shards(place, min(num_samples, -(-SHOWN // batch_size) * batch_size), batch_size, "images")
+        picture_grid(shown[:SHOWN].permute(0, 2, 3, 1).numpy() / 255).save(place.with_name(f"{place.name}.png"))
+    pipeline.scheduler = scheduler
+    return FidelityReport(rows, num_samples)
+
+
+def reference_features(dataset: Any, number: int, seed: int, folder: Path, features: InceptionFeatures) -> Tensor:
+    """Features of images of a data set, in pieces that are kept.
+
+    Args:
+        dataset: With batched access.
+        number: How many, at most, chosen by `seed`.
+        seed: Of the choice.
+        folder: Where the pieces are kept.
+        features: The feature network.
+
+    Returns:
+        `(number, d)`.
+    """
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:number].tolist()
+
+    def make(first: int, last: int) -> dict[str, Tensor]:
+        images = dataset.__getitems__(chosen[first:last])
+        return {"features": features(as_bytes(images / 2 + 0.5))}
+
+    size = 250
+    key = json.dumps([len(dataset), dataset.event_shape, number, seed, features.digest])
+    make_shards(folder, key, len(chosen), size, make, "Reference")
+    return load_shards(folder, len(chosen), size, "features")

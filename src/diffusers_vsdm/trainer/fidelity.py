@@ -157,18 +157,18 @@ def measure_fidelity(
         ValueError: The folder holds other samples, or a run is not defined for this model.
         FloatingPointError: Samples are not finite.
     """
-    scheduler, device = pipeline.scheduler, pipeline.unet.device
-    model, rows = digest(pipeline), []
-    pipeline.set_progress_bar_config(disable=True)
+    device, model = pipeline.unet.device, digest(pipeline)
+    rows = []
     for run in runs:
-        pipeline.scheduler = run.scheduler(scheduler)
-        pipeline.scheduler.set_timesteps(run.num_steps)
-        evaluations = len(pipeline.scheduler.timesteps)
+        sampler = VSDMPipeline(pipeline.unet, run.scheduler(pipeline.scheduler), pipeline.normalizer)
+        sampler.set_progress_bar_config(disable=True)
+        sampler.scheduler.set_timesteps(run.num_steps)
+        evaluations = len(sampler.scheduler.timesteps)
 
-        def make(first: int, last: int, run: SamplingRun = run) -> dict[str, Tensor]:
+        def make(first: int, last: int, run: SamplingRun = run, sampler: VSDMPipeline = sampler) -> dict[str, Tensor]:
             generator = torch.Generator(device).manual_seed(seed * 1_000_000_007 + first)
             with torch.autocast(device.type, PRECISIONS[mixed_precision], enabled=mixed_precision != "no"):
-                (found,) = pipeline(last - first, generator, run.num_steps, output_type="pt", return_dict=False)
+                (found,) = sampler(last - first, generator, run.num_steps, output_type="pt", return_dict=False)
             images = as_bytes(found)
             return {"images": images, "features": features(images)}
 
@@ -190,7 +190,6 @@ def measure_fidelity(
         rows.append(row)
         shown = load_shards(place, min(num_samples, -(-SHOWN // batch_size) * batch_size), batch_size, "images")
         picture_grid(shown[:SHOWN].permute(0, 2, 3, 1).numpy() / 255).save(place.with_name(f"{place.name}.png"))
-    pipeline.scheduler = scheduler
     return FidelityReport(rows, num_samples)
 
 

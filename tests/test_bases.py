@@ -52,6 +52,21 @@ def test_basis_is_orthonormal_with_its_rotation():
     torch.testing.assert_close(basis.from_basis(basis.to_basis(x)), x, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_for_networks(dtype):
+    """A pipeline under autocast keeps the precision of its transforms."""
+    scheduler, _ = dct_scheduler(solver="euler")
+    x, k = torch.randn(2, *EVENT), torch.tensor([50])
+    exact = scheduler.add_noise(x, x, k), scheduler.step(x, 99, x).prev_sample
+    with torch.autocast("cpu", dtype):
+        cast = scheduler.add_noise(x, x, k), scheduler.step(x, 99, x).prev_sample
+    assert torch.equal(exact[0], cast[0]) and torch.equal(exact[1], cast[1])
+    noise = torch.randn(4, *EVENT)
+    with torch.autocast("cpu", dtype):
+        drawn = scheduler.prior(dtype=torch.float32).sample(noise)
+    assert torch.equal(drawn, scheduler.prior(dtype=torch.float32).sample(noise))
+
+
 def test_principal_axes_decorrelate_the_channels():
     mixing = torch.tensor([[2.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.5, 0.2, 0.1]])
     data = torch.einsum("dc,nchw->ndhw", mixing, torch.randn(500, 3, 4, 6))

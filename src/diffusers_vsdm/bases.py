@@ -11,12 +11,28 @@ References:
     Ahmed, Natarajan, Rao (1974), "Discrete Cosine Transform", IEEE Transactions on Computers.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+Transform = Callable[[Any, Tensor], Tensor]
+
+
+def in_its_precision(transform: Transform) -> Transform:
+    """A transform that `torch.autocast`, meant for networks, does not make coarser."""
+
+    @functools.wraps(transform)
+    def wrapped(self: Any, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return transform(self, x)
+
+    return wrapped
 
 
 class Basis(Protocol):
@@ -51,10 +67,12 @@ class RotatedBasis:
 
     rotation: Tensor
 
+    @in_its_precision
     def to_basis(self, x: Tensor) -> Tensor:
         """Coordinates `(..., d)` along the new axes."""
         return x @ self.rotation.mT
 
+    @in_its_precision
     def from_basis(self, x: Tensor) -> Tensor:
         """The vector of such coordinates."""
         return x @ self.rotation
@@ -73,11 +91,13 @@ class CosineBasis:
     rows: Tensor
     columns: Tensor
 
+    @in_its_precision
     def to_basis(self, x: Tensor) -> Tensor:
         """Frequency coefficients of `(..., C, H, W)`; the lowest frequency comes first."""
         turned = (self.rotation @ x.flatten(-2)).unflatten(-1, x.shape[-2:])
         return self.rows @ turned @ self.columns.T
 
+    @in_its_precision
     def from_basis(self, x: Tensor) -> Tensor:
         """The image of frequency coefficients `(..., C, H, W)`."""
         turned = self.rows.T @ x @ self.columns

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 # the columns that image data sets on the Hub use, first come, first served
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values")
+DECODED_AT_ONCE = 1000
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -88,6 +89,29 @@ class ImageDataset(Dataset):
             image = image.crop((left, top, left + self.resolution, top + self.resolution))
         array = np.array(image)
         return np.ascontiguousarray(np.atleast_3d(array).transpose(2, 0, 1))
+
+
+class DecodedImages(Dataset):
+    """The same images, decoded once and kept as bytes on a device.
+
+    Args:
+        images ([`ImageDataset`]): The images.
+        device (`torch.device`): Where to keep them.
+    """
+
+    def __init__(self, images: ImageDataset, device: torch.device):
+        self.event_shape = images.event_shape
+        self.data = torch.empty((len(images), *self.event_shape), dtype=torch.uint8, device=device)
+        for start in range(0, len(images), DECODED_AT_ONCE):
+            batch = images.__getitems__(list(range(start, min(start + DECODED_AT_ONCE, len(images)))))
+            self.data[start : start + len(batch)] = ((batch + 1) * 127.5).round().to(torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        """Several images, `(n, C, H, W)`, on the device."""
+        return self.data[torch.as_tensor(indices, device=self.data.device)].float() / 127.5 - 1
 
 
 class _Mismatch(Exception):

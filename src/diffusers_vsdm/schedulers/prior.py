@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bases import Basis
+from ..bases import Basis, in_its_precision
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class GaussianPrior:
     basis: Basis
     factor: Tensor | None = None
 
+    @in_its_precision
     def sample(self, noise: Tensor) -> Tensor:
         """A draw from standard normal `noise`."""
         white = self.basis.to_basis(noise)

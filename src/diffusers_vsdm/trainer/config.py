@@ -143,6 +143,7 @@ class TrainingConfig(DataConfig):
     eval_batch_size: int = setting(64, "Images in a picture of samples.")
     ddpm_num_inference_steps: int = setting(0, "Steps of the solver for such a picture; 0 for the default, 50.")
     mixed_precision: str = setting("no", "Precision of training, as in Accelerate.", ("no", "fp16", "bf16"))
+    channels_last: bool = setting(False, "Keep the channels of images together in memory: often faster in bf16.")
     logger: str = setting("none", "Where to log while training.", ("none", "tensorboard", "wandb"))
     logging_steps: int = setting(50, "Steps between two log entries.")
     logging_dir: str = setting("logs", "Folder for logs, inside `output_dir`.")

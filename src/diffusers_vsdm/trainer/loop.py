@@ -28,12 +28,13 @@ from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .evaluation import likelihood_data, measure_likelihood
 from .pictures import picture_samples
-from .setup import VectorDataset, as_it_is, build_data, build_network, build_scheduler, moment_batches
+from .setup import VectorDataset, as_it_is, build_data, build_network, build_scheduler, moment_batches, on_device
 
 
 logger = logging.get_logger(__name__)
 
 LOSS_WINDOW = 100
+FUSED = ("cpu", "cuda", "xpu")  # where AdamW is one kernel
 # of the weights that stages simulate with: the raw ones double the noise of the moments, slower ones lag behind lambda
 STAGE_EMA_DECAY = 0.99
 
@@ -111,6 +112,8 @@ class Trainer:
                 f"`mixed_precision` 'fp16' needs a GPU, not {self.accelerator.device.type!r}: use 'bf16' or 'no'."
             )
         dataset = build_data(config) if data is None else VectorDataset(data)
+        if not config.dataloader_num_workers:
+            dataset = on_device(dataset, self.accelerator.device)
         self.config = config = config.for_data(len(dataset), self.accelerator.num_processes)
         batches = moment_batches(dataset, config.seed, config.dataloader_num_workers)
         self.normalizer: DataNormalizer | None = None
@@ -139,6 +142,7 @@ class Trainer:
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.adam_weight_decay,
+            fused=self.accelerator.device.type in FUSED,
         )
         # stepped by hand, once for each step of the optimizer, whatever the processes and the accumulation
         self.lr_scheduler = get_scheduler(
@@ -156,6 +160,8 @@ class Trainer:
             collate_fn=as_it_is,
             num_workers=config.dataloader_num_workers,
         )
+        if config.channels_last and len(dataset.event_shape) == 3:
+            self.network.to(memory_format=torch.channels_last)
         self.model, self.prepared_optimizer, self.loader = self.accelerator.prepare(
             self.network, self.optimizer, loader
         )
@@ -226,6 +232,7 @@ class Trainer:
 
         if self.ema is not None:
             self.ema.copy_to(self.network.parameters())
+        self.network.to(memory_format=torch.contiguous_format)
         pipeline = VSDMPipeline(self.network.eval(), self.scheduler, self.normalizer)
         return TrainingResult(
             pipeline=pipeline,
@@ -270,7 +277,9 @@ class Trainer:
         self.losses = [*self.losses[1 - LOSS_WINDOW :], total]
 
     def _predict(self, network: torch.nn.Module, x: Tensor, timesteps: Tensor | int) -> Tensor:
-        return network(self.scheduler.scale_model_input(x, timesteps), timesteps).sample
+        model_input = self.scheduler.scale_model_input(x, timesteps)
+        with self.accelerator.autocast():  # a prepared model has its own
+            return network(model_input, timesteps).sample.float()
 
     def _draw(self, index: int, sample: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The `index`-th batch in model units, its noise and its times.
@@ -358,16 +367,20 @@ class Trainer:
     def _averaged_network(self) -> Iterator[torch.nn.Module]:
         """The network in evaluation, with its averaged weights and without a distributed wrapper."""
         network = self.network.eval()
-        if self.ema is not None:
-            self.ema.store(network.parameters())
+        if self.ema is None:
+            yield network
+        else:
+            parameters = [parameter.detach() for parameter in network.parameters()]
+            raw = [parameter.clone() for parameter in parameters]  # EMAModel would keep them on the host
             self.ema.copy_to(network.parameters())
-        yield network
-        if self.ema is not None:
-            self.ema.restore(network.parameters())
+            yield network
+            torch._foreach_copy_(parameters, raw)
         network.train()
 
     def _new_ema(self, decay: float) -> EMAModel | None:
-        return EMAModel(self.network.parameters(), decay=decay) if self.config.use_ema else None
+        if not self.config.use_ema:
+            return None
+        return EMAModel(self.network.parameters(), decay=decay, foreach=True)
 
     def _log(self, bar: tqdm) -> None:
         loss = torch.stack(self.losses).mean().item()

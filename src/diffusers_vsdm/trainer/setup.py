@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..data import TOYS, sample_toy
-from ..data.images import load_images
+from ..data.images import DecodedImages, ImageDataset, load_images
 from ..drift import AdaptiveDiagonalDrift
 from ..models import build_model
 from ..schedulers import VSDMScheduler
@@ -75,6 +75,16 @@ def build_images(config: DataConfig, max_samples: int | None = None) -> Any:
         )
     except ValueError as error:
         raise ValueError(f"{error} (The toys are {', '.join(TOYS)}.)") from error
+
+
+def on_device(dataset: Any, device: torch.device) -> Any:
+    """Images decoded once and kept on a GPU, if they fit into a quarter of its free memory; other data as they are."""
+    if device.type != "cuda" or not isinstance(dataset, ImageDataset):
+        return dataset
+    free, _ = torch.cuda.mem_get_info(device)
+    if len(dataset) * math.prod(dataset.event_shape) > free / 4:
+        return dataset
+    return DecodedImages(dataset, device)
 
 
 def moment_batches(data: Any, seed: int, num_workers: int) -> Iterable[Tensor]:

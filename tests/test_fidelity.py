@@ -175,6 +175,27 @@ def test_runs_start_from_the_same_noise(pipeline, distances, tmp_path):
     assert (ddim - multistep).abs().mean() < 0.1 * (ddim - ddim.roll(1, 0)).abs().mean()
 
 
+def test_classes_take_turns_and_may_be_guided(distances, tmp_path):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "layers_per_block": 1}
+    network = UNet2DModel(4, 3, 3, block_out_channels=(8,), norm_num_groups=4, num_class_embeds=4, **blocks)
+    pipeline, asked = VSDMPipeline(network.eval(), VSDMScheduler.from_power_law()), []
+    network.register_forward_pre_hook(
+        lambda _, args, kwargs: asked.append(kwargs["class_labels"].tolist()), with_kwargs=True
+    )
+    measure(pipeline, tmp_path / "plain", ("ddim@1",), number=8)
+    assert asked == [[0, 1, 2, 0], [1, 2, 0, 1]]
+    measure(pipeline, tmp_path / "guided", ("ddim@1",), number=4, guidance_scale=2.0)
+    assert sorted(asked[2]) == [0, 0, 1, 2, 3, 3, 3, 3]
+    with pytest.raises(ValueError, match="other settings"):
+        measure(pipeline, tmp_path / "plain", ("ddim@1",), number=8, guidance_scale=2.0)
+
+
+def test_guidance_needs_classes(pipeline, distances, tmp_path):
+    with pytest.raises(ValueError, match="guidance_scale"):
+        measure(pipeline, tmp_path, guidance_scale=2.0)
+
+
 def test_samples_that_are_not_finite_name_their_run(pipeline, distances, tmp_path):
     with torch.no_grad():
         next(pipeline.unet.parameters()).fill_(torch.nan)

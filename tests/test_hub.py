@@ -18,6 +18,8 @@ from diffusers_vsdm.trainer import TrainingConfig, train
 from diffusers_vsdm.trainer.report import write_report
 
 from .hub_server import ROOT, Hub
+from .test_classes import conditional
+from .test_pipeline import generator
 from .test_ways_in import SAMPLE, WAYS
 
 
@@ -121,6 +123,23 @@ def test_a_private_run_is_pushed_and_loads_in_every_way(hub, tmp_path, monkeypat
         outcome = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True)
         assert outcome.returncode == 0, (way, outcome.stderr.decode()[-2000:])
         assert np.array_equal(np.load(folder / "samples.npy"), expected), way
+
+
+def test_a_model_of_classes_comes_back_from_the_hub(hub, client, tmp_path):
+    pipeline = conditional()
+    pipeline.save_pretrained(tmp_path / "classes")
+    publish(tmp_path / "classes", "alice/classes")
+    arguments = {"num_inference_steps": 3, "output_type": "np", "class_labels": [0, 2], "guidance_scale": 3.0}
+    code = f"""
+import numpy, torch
+from diffusers_vsdm import VSDMPipeline
+pipeline = VSDMPipeline.from_pretrained("alice/classes")
+numpy.save("samples.npy", pipeline(2, torch.Generator().manual_seed(0), **{arguments}).samples)
+"""
+    environment = hub.environment(tmp_path / "home")
+    outcome = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True)
+    assert outcome.returncode == 0, outcome.stderr.decode()[-2000:]
+    assert np.array_equal(np.load(tmp_path / "samples.npy"), pipeline(2, generator(), **arguments).samples)
 
 
 def test_revisions_tags_and_a_name_that_exists(client, trained, tmp_path):

@@ -1,6 +1,7 @@
 """Images from the Hub or from a folder, as tensors in [-1, 1].
 
-A name on the Hub and a local folder, of parquet files or of images, go the same way, through the `datasets` library.
+A name on the Hub and a local folder, of parquet files or of images, go the same way, through the `datasets` library;
+folders of IDX files (MNIST) are read by [`data.idx`].
 """
 
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from .idx import IdxRows
 
 
 # the columns that image data sets on the Hub use, first come, first served
@@ -28,13 +31,25 @@ class ImageDataset(Dataset):
         channels (`int`): Channels C. PIL images are converted for 1, 3 and 4; arrays must have as many.
         resolution (`int`, *optional*): Height and width: the shorter side is resized to it, the longer one cropped
             about its centre. Defaults to the size of the first image, which the others must then have too.
+        labels (`Tensor`, *optional*): The classes of the images, `(len(rows),)` whole numbers from 0 up.
+        num_classes (`int`, *optional*): How many classes there are, where there are labels.
 
     Attributes:
         event_shape: `(C, H, W)`.
+        labels, num_classes: As given.
     """
 
-    def __init__(self, rows: Any, column: str, channels: int = 3, resolution: int | None = None):
+    def __init__(
+        self,
+        rows: Any,
+        column: str,
+        channels: int = 3,
+        resolution: int | None = None,
+        labels: Tensor | None = None,
+        num_classes: int | None = None,
+    ):
         self.rows, self.column, self.channels, self.resolution = rows, column, channels, resolution
+        self.labels, self.num_classes = labels, num_classes
         self.event_shape: tuple[int, ...] = ()
         self.event_shape = tuple(self[0].shape)
 
@@ -100,7 +115,7 @@ class DecodedImages(Dataset):
     """
 
     def __init__(self, images: ImageDataset, device: torch.device):
-        self.event_shape = images.event_shape
+        self.event_shape, self.labels, self.num_classes = images.event_shape, images.labels, images.num_classes
         self.data = torch.empty((len(images), *self.event_shape), dtype=torch.uint8, device=device)
         for start in range(0, len(images), DECODED_AT_ONCE):
             batch = images.__getitems__(list(range(start, min(start + DECODED_AT_ONCE, len(images)))))
@@ -126,38 +141,75 @@ def load_images(
     max_samples: int | None = None,
     config_name: str | None = None,
     cache_dir: str | None = None,
+    split: str = "train",
+    label_column: str | None = None,
 ) -> ImageDataset:
-    """The training split of an image data set.
+    """A split of an image data set.
 
     Args:
-        name_or_folder (`str`): A name on the Hub, or a folder of parquet files or images.
+        name_or_folder (`str`): A name on the Hub, or a folder of parquet files, of images, or of IDX files with
+            MNIST's names.
         column (`str`, *optional*): The column with the images. Defaults to one of [`IMAGE_COLUMNS`] that is there.
         channels, resolution: See [`ImageDataset`].
         max_samples (`int`, *optional*): Take only so many, the first.
         config_name (`str`, *optional*): Configuration of a data set on the Hub.
         cache_dir (`str`, *optional*): Where `datasets` keeps what it downloads.
+        split (`str`, defaults to `"train"`): Its name; `train` or `test` of IDX files.
+        label_column (`str`, *optional*): The column with the classes. Defaults to no labels.
 
     Raises:
-        ValueError: There is no such data set or column; the message lists what there is.
+        ValueError: There is no such data set, split or column, with the message listing what there is; or the labels
+            are not whole numbers from 0 up.
     """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
     if Path(name_or_folder).is_file():
         raise ValueError(f"{name_or_folder!r} is a file: give the folder that holds the images or parquet files.")
-    try:
-        rows = load_dataset(name_or_folder, config_name, split="train", cache_dir=cache_dir)
-    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError) as error:
-        raise ValueError(
-            f"The data set {name_or_folder!r} could not be loaded ({error}): give a name on the Hub, or a folder of"
-            " images or parquet files that exists."
-        ) from error
+    if IdxRows.are_in(Path(name_or_folder)):
+        rows = IdxRows.read(Path(name_or_folder), split)
+    else:
+        rows = _load_rows(name_or_folder, config_name, split, cache_dir)
     known = [c for c in rows.column_names if c in ((column,) if column else IMAGE_COLUMNS)]
     if not known:
         raise ValueError(
             f"`image_column` {column or 'is not given and none'} is among the columns of {name_or_folder!r}:"
             f" {rows.column_names}. Name one of them."
         )
+    labels, num_classes = (None, None) if label_column is None else _read_labels(rows, label_column, name_or_folder)
     if max_samples is not None:
         rows = rows.select(range(min(max_samples, len(rows))))
-    return ImageDataset(rows.select_columns(known[0]), known[0], channels, resolution)
+        labels = None if labels is None else labels[: len(rows)]
+    return ImageDataset(rows.select_columns(known[0]), known[0], channels, resolution, labels, num_classes)
+
+
+def _load_rows(name_or_folder: str, config_name: str | None, split: str, cache_dir: str | None) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        return load_dataset(name_or_folder, config_name, split=split, cache_dir=cache_dir)
+    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError) as error:
+        raise ValueError(
+            f"The data set {name_or_folder!r} could not be loaded ({error}): give a name on the Hub, or a folder of"
+            " images or parquet files that exists."
+        ) from error
+
+
+def _read_labels(rows: Any, column: str, name: str) -> tuple[Tensor, int]:
+    """All labels, `(n,)`, and the number of classes: as declared, else one more than the largest label."""
+    if column not in rows.column_names:
+        raise ValueError(
+            f"`label_column` {column!r} is not among the columns of {name!r}: {rows.column_names}. Name one of them."
+        )
+    first = rows[0][column]
+    labels = np.asarray(rows[column][:] if isinstance(first, int) else [first])
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise ValueError(
+            f"`label_column` {column!r} of {name!r} must hold a whole number for each image, got {first!r} in row 0"
+            f" and {labels.dtype} as the type of all."
+        )
+    if labels.min() < 0:
+        raise ValueError(
+            f"`label_column` {column!r} of {name!r} holds {labels.min()} in row {labels.argmin()}: classes are counted"
+            " from 0. Take images without a class out."
+        )
+    declared = getattr(rows.features.get(column), "num_classes", None)
+    return torch.from_numpy(labels.astype(np.int64)), declared or int(labels.max()) + 1

@@ -37,6 +37,7 @@ def render_card(
     """
     metrics, config = record["metrics"], record["config"]
     is_toy = not config["train_data_dir"] and config["dataset_name"] in TOYS
+    task = "class-conditional-generation" if config.get("class_conditional") else "unconditional-generation"
     name = folder.resolve().name if repo_id is None else repo_id.split("/")[-1]
     rows = [(label, metrics[key]) for key, label in METRIC_NAMES.items() if key in metrics]
     rows += [(f"straightness, dimension {i}", value) for i, value in enumerate(metrics.get("straightness", []))]
@@ -45,11 +46,11 @@ def render_card(
         license=config["license"] or ("apache-2.0" if is_toy else None),
         library_name="diffusers",
         datasets=None if is_toy or config["train_data_dir"] else [config["dataset_name"]],
-        tags=["diffusers_vsdm", "unconditional-generation", "schrodinger-bridge"],
+        tags=["diffusers_vsdm", task, "schrodinger-bridge"],
         model_name=name,
         eval_results=[
             EvalResult(
-                task_type="unconditional-generation",
+                task_type=task,
                 dataset_type=config["dataset_name"],
                 dataset_name=config["dataset_name"],
                 metric_type=label,

@@ -26,11 +26,33 @@ UNETS: dict[str, dict[str, Any]] = {
         "attention_head_dim": None,
         "dropout": 0.1,
     },
+    # DDPM++ (Song et al. 2021) as Karras et al. (2022) use it for CIFAR-10: 57.2M parameters instead of 55.7M. What
+    # UNet2DModel cannot express, or does otherwise: residual sums divided by sqrt(2), the stem of 128 channels instead
+    # of 256, attention on the way up in the last block of its level instead of in each, their initialization, and the
+    # label of the augmentation
+    "ddpmpp-cifar10": {
+        "block_out_channels": (256, 256, 256),
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("ResnetUpsampleBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "layers_per_block": 4,
+        "time_embedding_dim": 512,
+        "freq_shift": 1,
+        "attention_head_dim": None,
+        "norm_eps": 1e-6,
+        "dropout": 0.13,
+    },
 }
 
 
 def build_model(
-    preset: str, event_shape: tuple[int, ...], num_train_timesteps: int, width: int = 128, num_blocks: int = 3
+    preset: str,
+    event_shape: tuple[int, ...],
+    num_train_timesteps: int,
+    width: int = 128,
+    num_blocks: int = 3,
+    num_classes: int | None = None,
 ) -> ModelMixin:
     """A fresh network for samples of shape `(d,)` or `(C, H, W)`.
 
@@ -39,15 +61,20 @@ def build_model(
         event_shape (`tuple[int, ...]`): Shape of one sample.
         num_train_timesteps (`int`): Training times N, for the MLP's embedding.
         width, num_blocks (`int`): Size of the MLP.
+        num_classes (`int`, *optional*): Classes that a network for images is to know, besides an embedding that says
+            that there is none.
 
     Raises:
-        ValueError: The preset is not for such samples, or the images' sides cannot be halved often enough.
+        ValueError: The preset is not for such samples or for classes, or the images' sides cannot be halved often
+            enough.
     """
     is_image = len(event_shape) == 3
     name = {"auto": "tiny" if is_image else "mlp"}.get(preset, preset)
     if (name in UNETS) != is_image:
         kind = "images" if is_image else "vectors"
         raise ValueError(f"`model` {name!r} is not for {kind} of shape {event_shape}: use 'auto'.")
+    if not is_image and num_classes is not None:
+        raise ValueError(f"`model` 'mlp' knows no classes, got `num_classes` {num_classes}: leave it out.")
     if not is_image:
         return MLPModel(event_shape[0], num_train_timesteps, width, num_blocks)
     channels, *sides = event_shape
@@ -55,4 +82,5 @@ def build_model(
     if any(side % divisor for side in sides):
         raise ValueError(f"`model` {name!r} needs sides that {divisor} divides, got {sides}: give a `resolution`.")
     size = sides[0] if sides[0] == sides[1] else tuple(sides)
-    return UNet2DModel(sample_size=size, in_channels=channels, out_channels=channels, **UNETS[name])
+    classes = {} if num_classes is None else {"num_class_embeds": num_classes + 1}
+    return UNet2DModel(sample_size=size, in_channels=channels, out_channels=channels, **UNETS[name], **classes)

@@ -1,5 +1,6 @@
-"""`VSDMPipeline`: unconditional samples, images or vectors, and how likely given ones are."""
+"""`VSDMPipeline`: samples, images or vectors, of a class if the network knows any, and how likely given ones are."""
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..likelihood import LEVELS, LogLikelihood, dequantize, flow_log_likelihood
+from ..models.classes import class_condition, num_classes
 from ..normalizer import DataNormalizer
 from ..objectives import LikelihoodBound, likelihood_bound
 from ..objectives.divergence import MOST_EXACT
@@ -45,10 +47,11 @@ class VSDMPipelineOutput(BaseOutput):
 
 
 class VSDMPipeline(DiffusionPipeline):
-    r"""Unconditional generation with a variational Schrödinger diffusion model.
+    r"""Generation with a variational Schrödinger diffusion model, unconditional or of a class.
 
     Args:
-        unet ([`~diffusers.UNet2DModel`] or [`MLPModel`]): The network; one without a `sample_size` is for vectors.
+        unet ([`~diffusers.UNet2DModel`] or [`MLPModel`]): The network; one without a `sample_size` is for vectors. Of
+            `num_class_embeds` classes the last one stands for none.
         scheduler ([`VSDMScheduler`] or a stock scheduler): The process, with its drift.
         normalizer ([`DataNormalizer`], *optional*): Maps the model's units back to the data's.
     """
@@ -87,6 +90,11 @@ class VSDMPipeline(DiffusionPipeline):
         return (self.unet.config["in_channels"], *spatial)
 
     @property
+    def num_classes(self) -> int | None:
+        """Classes that the network knows, the labels 0 to `num_classes - 1`; None for an unconditional one."""
+        return num_classes(self.unet)
+
+    @property
     def num_timesteps(self) -> int:
         """Network calls of the current run, for callbacks."""
         return self._num_timesteps
@@ -104,6 +112,8 @@ class VSDMPipeline(DiffusionPipeline):
         return_trajectory: bool = False,
         callback_on_step_end: Callable[[Any, int, int, dict[str, Tensor]], dict[str, Tensor] | None] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - as in Diffusers
+        class_labels: list[int] | Tensor | int | None = None,
+        guidance_scale: float = 1.0,
     ) -> VSDMPipelineOutput | tuple:
         r"""Generate samples.
 
@@ -122,9 +132,18 @@ class VSDMPipeline(DiffusionPipeline):
             callback_on_step_end (`Callable`, *optional*): Called after each network call as `(pipeline, index,
                 timestep, tensors)`; may return replacements of the tensors.
             callback_on_step_end_tensor_inputs (`list[str]`): Tensors to pass to it: `latents`.
+            class_labels (`list[int]`, `Tensor` or `int`, *optional*): The samples' classes, `(batch_size,)`, or one
+                for all. Defaults to samples of no class in particular.
+            guidance_scale (`float`, defaults to 1.0): w of classifier-free guidance, by
+                $\epsilon_{null} + w (\epsilon_{class} - \epsilon_{null})$ (Ho and Salimans 2022; their w is one less).
+                Other values than 1 take a network call of twice the size in each step.
 
         Returns:
             [`VSDMPipelineOutput`], or the tuple `(samples,)` or `(samples, trajectory)`.
+
+        Raises:
+            ValueError: An argument is out of its range, or does not fit the others or the network.
+            TypeError: The labels are no whole numbers.
         """
         event_shape, device = self.event_shape, self._execution_device
         is_image = len(event_shape) == 3
@@ -147,6 +166,15 @@ class VSDMPipeline(DiffusionPipeline):
         shape = (batch_size, *event_shape)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+        labels = self._class_labels(class_labels, batch_size)
+        guided = guidance_scale != 1
+        if guided and labels is None:
+            raise ValueError(
+                f"`guidance_scale` {guidance_scale} guides towards classes, and no `class_labels` are given: pass them,"
+                " or leave it at 1."
+            )
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"`guidance_scale` must be finite, got {guidance_scale}.")
 
         if timesteps is not None:
             if num_inference_steps is not None:
@@ -164,12 +192,20 @@ class VSDMPipeline(DiffusionPipeline):
 
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if takes_generator else {}
+        condition = class_condition(self.unet, latents, labels)
+        if guided:
+            without = class_condition(self.unet, latents)
+            condition = {name: torch.cat([without[name], condition[name]]) for name in condition}
         trajectory = [latents] if return_trajectory else []
         calls = self.scheduler.timesteps
         self._num_timesteps = len(calls)
         for index, timestep in enumerate(self.progress_bar(calls)):
             model_input = self.scheduler.scale_model_input(latents, timestep)
-            output = self.unet(model_input, timestep, return_dict=False)[0]
+            model_input = torch.cat([model_input] * 2) if guided else model_input
+            output = self.unet(model_input, timestep, **condition, return_dict=False)[0]
+            if guided:  # whatever the network predicts, it is affine in eps, and so this guides eps
+                without_class, of_class = output.chunk(2)
+                output = without_class + guidance_scale * (of_class - without_class)
             latents = self.scheduler.step(output, timestep, latents, **step_kwargs, return_dict=False)[0]
             if callback_on_step_end is not None:
                 tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
@@ -192,6 +228,7 @@ class VSDMPipeline(DiffusionPipeline):
         generator: torch.Generator | None = None,
         rtol: float = 1e-5,
         atol: float = 1e-5,
+        class_labels: list[int] | Tensor | int | None = None,
     ) -> LogLikelihood:
         r"""Log-likelihood of data under the probability flow, the model that the ODE solvers sample from.
 
@@ -202,23 +239,31 @@ class VSDMPipeline(DiffusionPipeline):
                 `"rademacher"` or `"gaussian"`. Defaults to the exact one in up to 256 dimensions, then `"rademacher"`.
             generator (`torch.Generator`, *optional*): Of dequantisation and direction.
             rtol, atol (`float`, defaults to 1e-5): Tolerances of the adaptive solver.
+            class_labels (`list[int]`, `Tensor` or `int`, *optional*): Classes given which the samples are how likely,
+                as in [`__call__`]. Defaults to no class: the model of all data.
 
         Returns:
             [`LogLikelihood`], in nats: log-densities in the units of `samples`. Those of whole numbers are a lower
             bound of their log-probabilities; see [`bits_per_dimension`].
 
         Raises:
-            ValueError: Samples of another shape, not finite, or images outside their range; a stock scheduler.
+            ValueError: Samples of another shape, not finite, or images outside their range; a stock scheduler; labels
+                that are not the network's.
             ImportError: torchdiffeq is not installed.
         """
         x, log_volume = self._to_model_units(samples, generator)
         kind = divergence or ("exact" if x[0].numel() <= MOST_EXACT else "rademacher")
-        found = flow_log_likelihood(self._score, self.scheduler, x, kind, generator, rtol, atol)
+        score = functools.partial(self._score, class_labels=self._class_labels(class_labels, len(x)))
+        found = flow_log_likelihood(score, self.scheduler, x, kind, generator, rtol, atol)
         self.maybe_free_model_hooks()
         return replace(found, value=found.value + log_volume)
 
     def likelihood_bound(
-        self, samples: Tensor, num_times: int = 8, generator: torch.Generator | None = None
+        self,
+        samples: Tensor,
+        num_times: int = 8,
+        generator: torch.Generator | None = None,
+        class_labels: list[int] | Tensor | int | None = None,
     ) -> LikelihoodBound:
         r"""An upper bound of the negative log-likelihood under the SDE, another model than that of the ODE.
 
@@ -226,6 +271,7 @@ class VSDMPipeline(DiffusionPipeline):
             samples (`Tensor`): As in [`log_likelihood`].
             num_times (`int`, defaults to 8): Network calls for each sample.
             generator (`torch.Generator`, *optional*): Of dequantisation, times and noise.
+            class_labels (`list[int]`, `Tensor` or `int`, *optional*): As in [`log_likelihood`].
 
         Returns:
             [`LikelihoodBound`] in nats, in the units of `samples`.
@@ -234,14 +280,33 @@ class VSDMPipeline(DiffusionPipeline):
             ValueError: As in [`log_likelihood`].
         """
         x, log_volume = self._to_model_units(samples, generator)
-        bound = likelihood_bound(self._score, self.scheduler, x, num_times, generator)
+        score = functools.partial(self._score, class_labels=self._class_labels(class_labels, len(x)))
+        bound = likelihood_bound(score, self.scheduler, x, num_times, generator)
         self.maybe_free_model_hooks()
         return replace(bound, reconstruction=bound.reconstruction - log_volume)
 
-    def _score(self, x: Tensor, timesteps: Tensor) -> Tensor:
+    def _score(self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None) -> Tensor:
         model_input = self.scheduler.scale_model_input(x, timesteps).to(self.unet.dtype)
-        output = self.unet(model_input, timesteps, return_dict=False)[0]
+        condition = class_condition(self.unet, x, class_labels)
+        output = self.unet(model_input, timesteps, **condition, return_dict=False)[0]
         return self.scheduler.get_score(output.to(x.dtype), timesteps, x)
+
+    def _class_labels(self, class_labels: list[int] | Tensor | int | None, number: int) -> Tensor | None:
+        """Classes of `number` samples, `(number,)` on the pipeline's device; None for none."""
+        if class_labels is None:
+            return None
+        if self.num_classes is None:
+            raise ValueError("`class_labels` are given, but the network knows of no classes: leave them out.")
+        labels = np.asarray(class_labels.cpu() if isinstance(class_labels, Tensor) else class_labels)
+        if labels.dtype.kind not in "iu":
+            raise TypeError(f"`class_labels` must be whole numbers, got {class_labels!r}.")
+        if labels.shape not in ((), (number,)):
+            raise ValueError(
+                f"`class_labels` must be one, or one for each of the {number} samples, got shape {labels.shape}."
+            )
+        if labels.min() < 0 or labels.max() >= self.num_classes:
+            raise ValueError(f"`class_labels` must lie in 0 to {self.num_classes - 1}, got {class_labels!r}.")
+        return torch.from_numpy(labels.astype(np.int64)).to(self._execution_device).expand(number)
 
     def _to_model_units(self, samples: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Samples in the network's units, and the log of how much larger a volume is in these: `()` in float64."""

@@ -47,6 +47,7 @@ class DataConfig:
     dataset_config_name: str = setting("", "Configuration of the data set on the Hub.")
     train_data_dir: str = setting("", "Folder of images or of parquet files, instead of a name.")
     cache_dir: str = setting("", "Folder for downloaded data sets, instead of the library's own.")
+    split: str = setting("train", "Split of the data set on the Hub or in the folder; toys have none.")
     image_column: str = setting("", "Column of the images; by default image, img, images or pixel_values.")
     channels: int = setting(3, "Channels of images: 1 for grayscale, 3 for colour, or as many as arrays have.")
     resolution: int = setting(0, "Size that images are resized and cropped to; 0 to take them as they are.")
@@ -67,6 +68,9 @@ class TrainingConfig(DataConfig):
     num_train_samples: int = setting(100_000, "Points drawn from a toy distribution as the training set.")
     max_train_samples: int = setting(0, "Images to use, the first ones; 0 for all.")
     random_flip: bool = setting(False, "Mirror images at random.")
+    class_conditional: bool = setting(False, "Train on images with their classes, for guidance.")
+    label_column: str = setting("label", "Column of the classes.")
+    label_dropout: float = setting(0.1, "Share of the images that are shown without their class.")
     dataloader_num_workers: int = setting(0, "Processes that read images.")
     seed: int = setting(0, "Seed of the data, the network, the noise and the simulations.")
 
@@ -181,6 +185,11 @@ class TrainingConfig(DataConfig):
             raise ValueError(
                 "`num_likelihood_samples` must be at least 2, for a standard error, 0 for none or -1, got"
                 f" {self.num_likelihood_samples}."
+            )
+        if not 0 < self.label_dropout < 1:
+            raise ValueError(
+                f"`label_dropout` must lie in (0, 1), got {self.label_dropout}: it trains what samples and simulations"
+                " without a class are made of."
             )
         if self.seed < 0:
             raise ValueError(f"`seed` must not be negative, got {self.seed}.")

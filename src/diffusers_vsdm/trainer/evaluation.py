@@ -49,6 +49,7 @@ class EvaluationConfig(DataConfig):
     num_reference_images: int = setting(10_000, "Images of the data to compare with, drawn without repetition.")
     save_statistics: str = setting("", "Write such a file, of these images.")
     feature_weights: str = setting("", "Weights of FID's Inception network; by default torch-fidelity downloads them.")
+    guidance_scale: float = setting(1.0, "Classifier-free guidance of networks that know classes, which take turns.")
     mixed_precision: str = setting("no", "Precision of the network in sampling.", PRECISIONS)
 
     def __post_init__(self) -> None:
@@ -213,4 +214,5 @@ def evaluate_fidelity(config: EvaluationConfig, pipeline: VSDMPipeline, dataset:
         statistics,
         reference,
         config.mixed_precision,
+        config.guidance_scale,
     )

@@ -136,6 +136,7 @@ def measure_fidelity(
     statistics: FeatureStatistics | None,
     reference: Tensor | None,
     mixed_precision: str = "no",
+    guidance_scale: float = 1.0,
 ) -> FidelityReport:
     """Sample by every run, in pieces that are kept, and compare with data.
 
@@ -152,12 +153,21 @@ def measure_fidelity(
         statistics: Of the data, for FID; by default those of `reference`.
         reference: Features of data `(m, d)`, for KID, precision and recall.
         mixed_precision: `bf16` or `fp16` for the network, or `no`.
+        guidance_scale: For networks that know classes, which take turns.
 
     Raises:
         ValueError: The folder holds other samples, or a run is not defined for this model.
         FloatingPointError: Samples are not finite.
     """
-    device, model = pipeline.unet.device, digest(pipeline)
+    device, model, num_classes = pipeline.unet.device, digest(pipeline), pipeline.num_classes
+    if num_classes is None and guidance_scale != 1:
+        raise ValueError(f"`guidance_scale` {guidance_scale} is for networks that know classes: leave it out.")
+
+    def classes(first: int, last: int) -> dict[str, Any]:
+        if num_classes is None:
+            return {}
+        return {"class_labels": [i % num_classes for i in range(first, last)], "guidance_scale": guidance_scale}
+
     rows = []
     for run in runs:
         sampler = VSDMPipeline(pipeline.unet, run.scheduler(pipeline.scheduler), pipeline.normalizer)
@@ -168,12 +178,14 @@ def measure_fidelity(
         def make(first: int, last: int, run: SamplingRun = run, sampler: VSDMPipeline = sampler) -> dict[str, Tensor]:
             generator = torch.Generator(device).manual_seed(seed * 1_000_000_007 + first)
             with torch.autocast(device.type, PRECISIONS[mixed_precision], enabled=mixed_precision != "no"):
-                (found,) = sampler(last - first, generator, run.num_steps, output_type="pt", return_dict=False)
+                (found,) = sampler(
+                    last - first, generator, run.num_steps, output_type="pt", return_dict=False, **classes(first, last)
+                )
             images = as_bytes(found)
             return {"images": images, "features": features(images)}
 
         place = folder / "samples" / str(run).replace("/", "-")
-        key = json.dumps([model, str(run), seed, mixed_precision, features.digest])
+        key = json.dumps([model, str(run), seed, mixed_precision, guidance_scale, features.digest])
         try:
             make_shards(place, key, num_samples, batch_size, make, str(run))
         except FloatingPointError as error:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
+from ..models.classes import class_condition, num_classes
 from ..normalizer import DataNormalizer
 from ..objectives import denoising_score_matching, time_probabilities
 from ..pipelines import VSDMPipeline
@@ -28,7 +29,16 @@ from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .evaluation import likelihood_data, measure_likelihood
 from .pictures import picture_samples
-from .setup import VectorDataset, as_it_is, build_data, build_network, build_scheduler, moment_batches, on_device
+from .setup import (
+    LabelledDataset,
+    VectorDataset,
+    as_it_is,
+    build_data,
+    build_network,
+    build_scheduler,
+    moment_batches,
+    on_device,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -112,6 +122,8 @@ class Trainer:
                 f"`mixed_precision` 'fp16' needs a GPU, not {self.accelerator.device.type!r}: use 'bf16' or 'no'."
             )
         dataset = build_data(config) if data is None else VectorDataset(data)
+        if config.class_conditional and dataset.num_classes is None:
+            raise ValueError("`class_conditional` is for images with labels, not for vectors: leave it out.")
         if not config.dataloader_num_workers:
             dataset = on_device(dataset, self.accelerator.device)
         self.config = config = config.for_data(len(dataset), self.accelerator.num_processes)
@@ -135,7 +147,7 @@ class Trainer:
         if config.likelihood_samples:
             source = None if data is None and config.is_toy else dataset
             self.likelihood_data = likelihood_data(config, source, config.likelihood_samples, config.seed)
-        self.network = build_network(config, dataset.event_shape)
+        self.network = build_network(config, dataset.event_shape, dataset.num_classes)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
             lr=config.learning_rate,
@@ -153,7 +165,7 @@ class Trainer:
         )
         self.sampler = _EpochSampler(len(dataset), config.seed)
         loader = DataLoader(
-            dataset,
+            LabelledDataset(dataset) if config.class_conditional else dataset,
             batch_size=config.train_batch_size,
             sampler=self.sampler,
             drop_last=True,
@@ -253,14 +265,15 @@ class Trainer:
             logger.warning("The likelihood was not measured: %s", error)
             return None
 
-    def _gradient_step(self, batches: Iterator[tuple[int, Tensor]]) -> None:
+    def _gradient_step(self, batches: Iterator[tuple[int, Any]]) -> None:
         """Score matching (Eq. 16) on one batch, or on several accumulated."""
         total = torch.zeros((), device=self.accelerator.device)
         for _ in range(self.config.gradient_accumulation_steps):
-            index, sample = next(batches)
+            index, batch = next(batches)
             with self.accelerator.accumulate(self.model):
-                sample, noise, timesteps = self._draw(index, sample)
-                prediction = self._predict(self.model, self.scheduler.add_noise(sample, noise, timesteps), timesteps)
+                sample, noise, timesteps, condition = self._draw(index, batch)
+                noisy = self.scheduler.add_noise(sample, noise, timesteps)
+                prediction = self._predict(self.model, noisy, timesteps, condition)
                 loss = denoising_score_matching(
                     self.scheduler, prediction, sample, noise, timesteps, self.config.weighting
                 )
@@ -276,16 +289,19 @@ class Trainer:
             self.ema.step(self.network.parameters())
         self.losses = [*self.losses[1 - LOSS_WINDOW :], total]
 
-    def _predict(self, network: torch.nn.Module, x: Tensor, timesteps: Tensor | int) -> Tensor:
+    def _predict(
+        self, network: torch.nn.Module, x: Tensor, timesteps: Tensor | int, condition: dict[str, Tensor]
+    ) -> Tensor:
         model_input = self.scheduler.scale_model_input(x, timesteps)
         with self.accelerator.autocast():  # a prepared model has its own
-            return network(model_input, timesteps).sample.float()
+            return network(model_input, timesteps, **condition).sample.float()
 
-    def _draw(self, index: int, sample: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The `index`-th batch in model units, its noise and its times.
+    def _draw(self, index: int, batch: Any) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """The `index`-th batch in model units, its noise and times, and its classes, of which some are left out.
 
         Every process draws for the whole batch and keeps its own part, so that their number does not matter.
         """
+        sample, labels = batch if self.config.class_conditional else (batch, None)
         self.generator.manual_seed(self.config.seed * 1_000_000_007 + index)
         whole = len(sample) * self.accelerator.num_processes
         mine = slice(len(sample) * self.accelerator.process_index, len(sample) * (self.accelerator.process_index + 1))
@@ -295,7 +311,11 @@ class Trainer:
         if self.config.random_flip:
             mirrored = torch.rand(whole, **draw)[mine] < 0.5
             sample = torch.where(mirrored.reshape(-1, *[1] * (sample.ndim - 1)), sample.flip(-1), sample)
-        return sample if self.normalizer is None else self.normalizer.normalize(sample), noise, timesteps
+        if labels is not None:
+            left_out = torch.rand(whole, **draw)[mine] < self.config.label_dropout
+            labels = labels.masked_fill(left_out, num_classes(self.network))
+        sample = sample if self.normalizer is None else self.normalizer.normalize(sample)
+        return sample, noise, timesteps, class_condition(self.network, sample, labels)
 
     def _draw_times(self, number: int) -> Tensor:
         if self.config.time_sampling == "uniform":
@@ -308,8 +328,8 @@ class Trainer:
             self._times = version, weights.float().to(self.accelerator.device)
         return torch.multinomial(self._times[1], number, replacement=True, generator=self.generator)
 
-    def _batches(self) -> Iterator[tuple[int, Tensor]]:
-        """Numbered batches from where the run stands."""
+    def _batches(self) -> Iterator[tuple[int, Any]]:
+        """Numbered batches, of samples or of samples and classes, from where the run stands."""
         done = self.step * self.config.gradient_accumulation_steps
         self.sampler.epoch, skip = divmod(done, len(self.loader))
         loader = self.accelerator.skip_first_batches(self.loader, skip) if skip else self.loader
@@ -321,12 +341,15 @@ class Trainer:
             loader = self.loader
 
     def _stage(self) -> StageOutput:
-        """Stochastic approximation: simulate with the network as it is, step lambda."""
+        """Stochastic approximation: simulate with the network as it is, step lambda.
+
+        The drift carries all data to the prior, whatever their classes, and so this is the score without a class.
+        """
         started = time.perf_counter()
         accelerator = self.accelerator
         with self._averaged_network() as network:
             output = self.approximation.update(
-                lambda x, k: self.scheduler.get_score(self._predict(network, x, k), k, x),
+                lambda x, k: self.scheduler.get_score(self._predict(network, x, k, class_condition(network, x)), k, x),
                 device=accelerator.device,
                 process_index=accelerator.process_index,
                 num_processes=accelerator.num_processes,
@@ -410,7 +433,8 @@ class Trainer:
         """
         tensors, numbers = load_checkpoint(path)
         settings = self.config.identity()
-        changed = sorted(key for key in settings if numbers["config"].get(key) != settings[key])
+        stored = type(self.config)().identity() | numbers["config"]  # a setting that is younger had its default
+        changed = sorted(key for key in settings if stored[key] != settings[key])
         if changed:
             raise ValueError(
                 f"The checkpoint {path} is of a run with other settings of {', '.join(f'`{key}`' for key in changed)}:"

@@ -21,6 +21,8 @@ LEAST_SIDE = 512  # pixels; smaller grids are enlarged by a whole number
 def picture_samples(pipeline: VSDMPipeline, num_samples: int, num_steps: int | None = None) -> Image.Image:
     """Samples of a model: a grid of images as nearly square as can be, or the first two dimensions of vectors.
 
+    A network that knows classes shows them in turn, without guidance.
+
     Args:
         pipeline: The model; its scheduler's timesteps are set anew.
         num_samples: Number of samples.
@@ -31,7 +33,8 @@ def picture_samples(pipeline: VSDMPipeline, num_samples: int, num_steps: int | N
     """
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator(pipeline.unet.device).manual_seed(EVALUATION_SEED)
-    (samples,) = pipeline(num_samples, generator, num_steps, output_type="np", return_dict=False)
+    labels = [i % pipeline.num_classes for i in range(num_samples)] if pipeline.num_classes else None
+    (samples,) = pipeline(num_samples, generator, num_steps, output_type="np", return_dict=False, class_labels=labels)
     if samples.ndim == 2:
         figure = _figure(4.5, 4.5)
         axes = figure.subplots()

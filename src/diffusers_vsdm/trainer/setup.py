@@ -13,6 +13,7 @@ from ..data import TOYS, sample_toy
 from ..data.images import DecodedImages, ImageDataset, load_images
 from ..drift import AdaptiveDiagonalDrift
 from ..models import build_model
+from ..models.classes import num_classes as known_classes
 from ..schedulers import VSDMScheduler
 from .config import POWER_LAW, DataConfig, TrainingConfig
 
@@ -31,6 +32,8 @@ class VectorDataset(Dataset):
         ValueError: It holds NaN or infinite values.
     """
 
+    num_classes: int | None = None
+
     def __init__(self, data: Tensor):
         if not torch.isfinite(data).all():
             raise ValueError("The data set holds NaN or infinite values: remove them.")
@@ -45,8 +48,22 @@ class VectorDataset(Dataset):
         return self.data[indices]
 
 
+class LabelledDataset(Dataset):
+    """A data set of images, read a batch at a time together with their classes."""
+
+    def __init__(self, images: Any):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Images `(n, C, H, W)` and classes `(n,)`."""
+        return self.images.__getitems__(indices), self.images.labels[indices]
+
+
 def build_data(config: TrainingConfig) -> Any:
-    """The training set, with `event_shape` and batched access.
+    """The training set, with `event_shape`, `num_classes` and batched access.
 
     Raises:
         ValueError: It cannot be had, or is damaged.
@@ -54,10 +71,12 @@ def build_data(config: TrainingConfig) -> Any:
     if config.is_toy:
         generator = torch.Generator().manual_seed(config.seed)
         return VectorDataset(sample_toy(config.dataset_name, config.num_train_samples, generator))
-    return build_images(config, config.max_train_samples or None)
+    return build_images(
+        config, config.max_train_samples or None, config.label_column if config.class_conditional else None
+    )
 
 
-def build_images(config: DataConfig, max_samples: int | None = None) -> Any:
+def build_images(config: DataConfig, max_samples: int | None = None, label_column: str | None = None) -> Any:
     """A data set of images, or its first ones, with `event_shape` and batched access.
 
     Raises:
@@ -72,6 +91,8 @@ def build_images(config: DataConfig, max_samples: int | None = None) -> Any:
             max_samples,
             config.dataset_config_name or None,
             config.cache_dir or None,
+            config.split,
+            label_column,
         )
     except ValueError as error:
         raise ValueError(f"{error} (The toys are {', '.join(TOYS)}.)") from error
@@ -101,8 +122,8 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
-def build_network(config: TrainingConfig, event_shape: tuple[int, ...]) -> ModelMixin:
-    """The network of a run: pretrained, from a configuration file, or a preset.
+def build_network(config: TrainingConfig, event_shape: tuple[int, ...], num_classes: int | None = None) -> ModelMixin:
+    """The network of a run: pretrained, from a configuration file, or a preset; for `num_classes` if there are any.
 
     Raises:
         ValueError: The network does not fit the data.
@@ -110,16 +131,24 @@ def build_network(config: TrainingConfig, event_shape: tuple[int, ...]) -> Model
     if config.pretrained_model_name_or_path:
         network = UNet2DModel.from_pretrained(config.pretrained_model_name_or_path, subfolder="unet")
     elif config.model_config_name_or_path:
-        network = UNet2DModel.from_config(UNet2DModel.load_config(config.model_config_name_or_path))
+        settings = UNet2DModel.load_config(config.model_config_name_or_path)
+        classes = {} if num_classes is None else {"num_class_embeds": num_classes + 1}
+        network = UNet2DModel.from_config(settings, **classes)
     else:
         return build_model(
-            config.model, event_shape, config.ddpm_num_steps, config.model_width, config.model_num_blocks
+            config.model, event_shape, config.ddpm_num_steps, config.model_width, config.model_num_blocks, num_classes
         )
     size, channels = network.config["sample_size"], network.config["in_channels"]
     if (channels, size, size) != event_shape:
         raise ValueError(
             f"The network is for {channels} channels and size {size}, the data are {event_shape}: set `channels` and"
             " `resolution`."
+        )
+    if known_classes(network) != num_classes:
+        raise ValueError(
+            f"The network has `num_class_embeds` {network.config['num_class_embeds']}, the run"
+            f" {num_classes or 'no'} classes: there must be one more embedding than classes with `class_conditional`,"
+            " and none without. Start from another network."
         )
     return network
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
-from diffusers_vsdm import AdaptiveDiagonalDrift, MLPModel, VSDMPipeline, VSDMScheduler
+from diffusers_vsdm import AdaptiveDiagonalDrift, MLPModel, StochasticApproximation, VSDMPipeline, VSDMScheduler
 from diffusers_vsdm.likelihood import flow_log_likelihood
 from diffusers_vsdm.objectives import likelihood_bound
 from diffusers_vsdm.schedulers import scheduling_vsdm
@@ -308,6 +308,102 @@ def test_a_singular_matrix_is_a_drift():
     assert (drift.lam >= 0).all()
     with pytest.raises(ValueError, match="not negative"):
         drift.set_lambda(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+
+
+# Stochastic approximation ------------------------------------------------------------------------------------
+
+
+def mean_ratio(lam, v, total):
+    r"""-E[score x] over the backward SDE from N(0, g_T) with the exact score of N(0, v), averaged over dg.
+
+    The variance W of the backward process and the forward one's, V, obey dV/dg = 1 - lam V and
+    d(W - V)/dg = -(lam - 2 / V) (W - V), hence W / V = 1 + (g_T / V_T - 1) (V / V_T) exp(-lam (g_T - g)).
+    """
+    at_end = math.exp(-lam * total) * v - math.expm1(-lam * total) / lam
+    decay = math.exp(-lam * total)
+    integral = decay * (v - 1 / lam) - math.expm1(-lam * total) / (lam**2 * total)
+    return 1 + (total / at_end - 1) * integral / at_end
+
+
+def test_the_closed_form_is_the_integral():
+    lam, v, total = 0.3, 4.0, 2.0
+    g = torch.linspace(0, total, 20_001, dtype=torch.float64)
+    variance = torch.exp(-lam * g) * v - torch.expm1(-lam * g) / lam
+    w = variance[-1] * 0 + total
+    ratios = []
+    for i in range(len(g) - 1, 0, -1):  # Euler's method, backwards
+        ratios.append(float(w / variance[i]))
+        w = w + (g[i] - g[i - 1]) * (lam * w - 2 * w / variance[i] + 1)
+    assert mean_ratio(lam, v, total) == pytest.approx(sum(ratios) / len(ratios), rel=1e-3)
+
+
+@pytest.mark.parametrize("total, settles", [(2.0, True), (100.0, False)])
+def test_lambda_goes_where_theory_says(total, settles):
+    """With sigma_max of the data's size there is a root; with a wide one lambda sinks towards EDM's own 0."""
+    v, zeta, sigma_max = torch.tensor([4.0, 9.0]).double(), 0.75, math.sqrt(total)
+    scheduler = VSDMScheduler.from_variance_exploding(0.02, sigma_max, num_train_timesteps=60)
+    drift = AdaptiveDiagonalDrift((2,))
+    drift.set_lambda(1 / scheduler.integrated_beta[-1])
+    scheduler.set_drift(drift)
+    approximation = StochasticApproximation(
+        drift, scheduler.integrated_beta, zeta=zeta, variance_exploding=True, num_trajectories=2000
+    )
+
+    def score(x, k):
+        a, s = scheduler.marginal_scales(x.double(), k)
+        return (-x.double() / (a**2 * v + s**2)).float()
+
+    for _ in range(60):
+        approximation.update(score)
+    lam = drift.average("polyak")
+    if not settles:
+        assert (drift.lam * total < 0.05).all()
+        return
+    for found, variance in zip(lam.tolist(), v.tolist(), strict=True):
+        low, high = 1e-6, 50.0  # -E[score x] rises with lambda up to its root
+        assert mean_ratio(low, variance, total) < zeta < mean_ratio(high, variance, total)
+        for _ in range(60):
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if mean_ratio(middle, variance, total) < zeta else (low, middle)
+        assert found == pytest.approx(low, rel=0.1)
+
+
+def test_the_standard_prior_is_the_reference_s_own():
+    starts = []
+    scheduler = VSDMScheduler.from_variance_exploding(num_train_timesteps=20)
+    drift = AdaptiveDiagonalDrift((2,))
+    drift.set_lambda(0.01)
+    approximation = StochasticApproximation(
+        drift, scheduler.integrated_beta, variance_exploding=True, num_trajectories=4000
+    )
+    approximation.update(lambda x, k: starts.append(x) or -x / 6400)
+    assert len(starts) == 20
+    assert float(starts[0].std()) == pytest.approx(80, rel=0.03) and float(starts[0].mean().abs()) < 4
+
+
+def test_the_inner_product_has_the_reference_s_a():
+    """A = -lambda / 2, since there is no drift at A = 0."""
+    scheduler = VSDMScheduler.from_variance_exploding(sigma_max=2.0, num_train_timesteps=20)
+    drift = AdaptiveDiagonalDrift((2,))
+    drift.set_lambda(torch.tensor([0.1, 0.4]))
+    lam = drift.lam.clone()
+    approximation = StochasticApproximation(
+        drift, scheduler.integrated_beta, zeta_placement="inner_product", variance_exploding=True, clip=100.0
+    )
+    output = approximation.update(lambda x, k: -x / 4)
+    torch.testing.assert_close(output.gradient, 1 + 0.75 * output.score_x - 0.25 * lam / 2 * output.x_x)
+
+
+def test_lambda_0_is_refused_before_anything_is_simulated():
+    drift = AdaptiveDiagonalDrift((2,))
+    drift.set_lambda(torch.tensor([0.0, 1e-4]))
+    g = VSDMScheduler.from_variance_exploding(num_train_timesteps=20).integrated_beta
+    approximation = StochasticApproximation(drift, g, variance_exploding=True)
+    with pytest.raises(ValueError, match=r"start above it, with `drift.set_lambda\(...\)`"):
+        approximation.update(lambda x, k: pytest.fail("simulated"))
+    # the other update is additive
+    ipf = StochasticApproximation(drift, g, variance_exploding=True, update="ipf", zeta=1.0, num_trajectories=8)
+    assert (ipf.update(lambda x, k: -x / 6400).lam > 0).all()
 
 
 # It travels --------------------------------------------------------------------------------------------------

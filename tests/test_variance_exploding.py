@@ -17,6 +17,8 @@ from diffusers_vsdm.schedulers import scheduling_vsdm
 from diffusers_vsdm.schedulers.grids import TIME_GRIDS
 from diffusers_vsdm.schedulers.parameterization import PARAMETERIZATIONS
 from diffusers_vsdm.solvers import SOLVERS
+from diffusers_vsdm.trainer import TrainingConfig, loop, train
+from diffusers_vsdm.trainer.report import evaluate, flow_paths, write_report
 
 from .problems import EXPLODING, run, scheduler_for
 
@@ -443,3 +445,83 @@ def test_stock_schedulers_warn_and_are_refused(caplog):
     # what is read from a file, which a stock class may have written
     again = VSDMScheduler.from_config(json.loads(stock.to_json_string()))
     assert again.is_variance_exploding and not VSDMScheduler.from_config(DDPMScheduler().config).is_variance_exploding
+
+
+# Training ----------------------------------------------------------------------------------------------------
+
+TINY = {
+    "ddpm_beta_schedule": "ve",
+    "sigma_max": 10.0,
+    "max_train_steps": 60,
+    "sa_stages": 5,
+    "sa_trajectories": 32,
+    "num_train_samples": 2000,
+    "train_batch_size": 64,
+    "model_width": 16,
+    "model_num_blocks": 1,
+    "num_eval_samples": 100,
+    "num_likelihood_samples": 0,
+    "standardize": True,
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"baseline": "sgm"},
+        {"baseline": "sgm", "basis": "dense", "prediction_type": "sample", "weighting": "likelihood"},
+        {"num_likelihood_samples": 8, "time_sampling": "log_snr"},
+        {"basis": "dense", "sa_prior": "marginal", "zeta_placement": "inner_product"},
+        {"lambda_varies": True, "zeta": 1.0, "sa_update": "ipf"},
+    ],
+)
+def test_training_over_the_exploding_table(settings, tmp_path):
+    config = TrainingConfig(**TINY | settings, output_dir=str(tmp_path))
+    result = train(config)
+    scheduler = result.pipeline.scheduler
+    assert scheduler.is_variance_exploding and scheduler.config["clip_sample"] is False
+    learned = "baseline" not in settings
+    assert (result.lambdas[0] == (1 / scheduler.integrated_beta[-1] if learned else 0)).all()
+    assert (scheduler.drift.lam > 0).all() == learned and len(result.lambdas) == (6 if learned else 1)
+    record = write_report(config, result)
+    assert math.isfinite(record["metrics"]["w2_standardized"])
+    loaded = VSDMPipeline.from_pretrained(tmp_path)
+    assert torch.equal(loaded.scheduler.drift.lam, scheduler.drift.lam) and loaded.scheduler.is_variance_exploding
+    card = (tmp_path / "README.md").read_text()
+    assert "sigma from 0.002 to 10.0" in card and "--ddpm_beta_schedule ve" in card
+
+
+def test_the_marginal_prior_is_the_data_s_own():
+    trainer = loop.Trainer(TrainingConfig(**TINY | {"standardize": False}, baseline="sgm", dataset_name="gaussian"))
+    prior = trainer.scheduler.prior()
+    torch.testing.assert_close(prior.mean, trainer.drift.data_mean)
+    torch.testing.assert_close(prior.std, (100 + trainer.drift.data_variance).sqrt())
+
+
+def test_flow_paths_end_near_the_data():
+    """Euler's steps in sigma; those in g, of the same number, leave too much noise."""
+    problem = EXPLODING
+    scheduler = scheduler_for(problem, prior_type="marginal")
+
+    class Exact(MLPModel):
+        def forward(self, sample, timestep, return_dict=True):
+            return (problem.eps(sample.double(), scheduler.integrated_beta[int(timestep)]).to(sample.dtype),)
+
+    paths, _ = flow_paths(VSDMPipeline(Exact(3, 100, 4, 1), scheduler), 2000, 99)
+    ratio = paths[-1].double().var(0) / problem.variance
+    assert ((ratio > 0.8) & (ratio < 1.2)).all(), ratio
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [({"sigma_min": 0.0}, "`sigma_min`"), ({"sigma_max": 0.001}, "`sigma_max`"), ({"sigma_min": 10.0}, "`sigma_max`")],
+)
+def test_bad_settings_name_themselves(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**TINY | settings)
+
+
+def test_metrics_of_a_run():
+    result = train(TrainingConfig(**TINY | {"sigma_max": 80.0}))
+    metrics, paths = evaluate(result.pipeline, "spiral-8y", 100, 99)
+    assert paths.isfinite().all() and metrics["num_function_evaluations"] == 99

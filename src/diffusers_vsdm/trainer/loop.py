@@ -166,6 +166,7 @@ class Trainer:
             zeta_placement=config.zeta_placement,
             update=config.sa_update,
             prior=config.sa_prior,
+            variance_exploding=self.scheduler.is_variance_exploding,
             num_trajectories=config.sa_trajectories,
             num_steps=config.sa_steps or None,
             batch_size=config.sa_batch_size or None,
@@ -394,7 +395,9 @@ class Trainer:
         """
         tensors, numbers = load_checkpoint(path)
         settings = self.config.identity()
-        changed = sorted(key for key in settings if numbers["config"].get(key) != settings[key])
+        # a setting that is younger than the checkpoint had its default there
+        known = {key: field.default for key, field in self.config.__dataclass_fields__.items()} | numbers["config"]
+        changed = sorted(key for key in settings if known[key] != settings[key])
         if changed:
             raise ValueError(
                 f"The checkpoint {path} is of a run with other settings of {', '.join(f'`{key}`' for key in changed)}:"

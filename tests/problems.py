@@ -103,15 +103,26 @@ ANISOTROPIC = DiagonalGaussian(
 )
 
 
+EXPLODING = DiagonalGaussian(
+    mean=torch.tensor([1.0, -3.0, 0.5], dtype=torch.float64),
+    variance=torch.tensor([0.25, 60.0, 4.0], dtype=torch.float64),
+    lam=torch.zeros(3, dtype=torch.float64),
+)
+
+
 def scheduler_for(problem: DiagonalGaussian, num_train: int = 100, moments: bool = True, **settings) -> VSDMScheduler:
-    """The power-law process with the problem's drift and, unless told otherwise, its moments."""
-    scheduler = VSDMScheduler.from_power_law(0.1, 10.0, 1.7, num_train, clip_sample=False, **settings)
-    drift = AdaptiveDiagonalDrift(tuple(problem.lam.shape))
-    drift.set_lambda(problem.lam)
+    """The power-law process, or EDM's if lambda is 0, with the problem's drift and, unless told not to, moments."""
+    if problem.lam.any():
+        scheduler = VSDMScheduler.from_power_law(0.1, 10.0, 1.7, num_train, clip_sample=False, **settings)
+    else:
+        scheduler = VSDMScheduler.from_variance_exploding(num_train_timesteps=num_train, **settings)
+    if moments or problem.lam.any():
+        drift = AdaptiveDiagonalDrift(tuple(problem.lam.shape))
+        drift.set_lambda(problem.lam)
+        scheduler.set_drift(drift)
     if moments:
         drift.data_mean.copy_(problem.mean)
         drift.data_variance.copy_(problem.variance)
-    scheduler.set_drift(drift)
     _ = scheduler.init_noise_sigma  # as pipelines do
     return scheduler
 

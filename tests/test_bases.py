@@ -88,6 +88,8 @@ def test_moments_are_fitted_in_the_basis():
     # orthonormal: the total variance is that of the pixels
     torch.testing.assert_close(fresh.data_variance.sum(), data.var(0).sum())
     fresh.set_lambda(0.7)
+    fresh.fit_moments(data)  # one number for all has no basis
+    fresh.lam[0, 0, 0] = 0.8
     with pytest.raises(ValueError, match="before lambda"):
         fresh.fit_moments(data)
 

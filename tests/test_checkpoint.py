@@ -172,6 +172,17 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     Trainer(tiny(tmp_path, logging_steps=7, resume_from_checkpoint="checkpoint-20"))
 
 
+def test_a_setting_that_is_younger_than_a_checkpoint_had_its_default(tmp_path):
+    Trainer(tiny(tmp_path, checkpointing_steps=20)).train()
+    path = tmp_path / "checkpoint-20" / "state.json"
+    numbers = json.loads(path.read_text())
+    del numbers["config"]["sigma_max"]
+    path.write_text(json.dumps(numbers))
+    assert Trainer(tiny(tmp_path, resume_from_checkpoint="checkpoint-20")).step == 20
+    with pytest.raises(ValueError, match="other settings of `sigma_max`"):
+        Trainer(tiny(tmp_path, sigma_max=10.0, resume_from_checkpoint="checkpoint-20"))
+
+
 def test_damaged_or_missing_checkpoints_are_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match="There are: none"):
         find_checkpoint(tmp_path, "latest")

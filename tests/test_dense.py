@@ -175,7 +175,7 @@ def test_saved_and_loaded(tmp_path):
 def test_only_vectors_have_dense_drifts(shape, lambda_shape):
     with pytest.raises(ValueError, match="'dense' is for vectors"):
         AdaptiveDiagonalDrift(shape, lambda_shape, basis="dense")
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match="finite and not negative"):
         dense(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
     with pytest.raises(ValueError, match="symmetric"):
         dense(torch.tensor([[1.0, 0.2], [0.0, 1.0]]))

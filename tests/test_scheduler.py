@@ -737,7 +737,7 @@ def test_a_damaged_or_foreign_drift_file_is_refused(tmp_path):
         VSDMScheduler.from_pretrained(tmp_path)
     content[-1] ^= 1  # a number is changed: a valid file, but another drift
     path.write_bytes(bytes(content))
-    with pytest.raises(ValueError, match="not the one|not positive"):
+    with pytest.raises(ValueError, match="not the one|negative lambda"):
         VSDMScheduler.from_pretrained(tmp_path)
 
 

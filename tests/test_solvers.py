@@ -12,7 +12,7 @@ from diffusers_vsdm.schedulers.grids import TIME_GRIDS
 from diffusers_vsdm.schedulers.parameterization import PARAMETERIZATIONS
 from diffusers_vsdm.solvers import SOLVERS
 
-from .problems import ANISOTROPIC, DiagonalGaussian, run, scheduler_for
+from .problems import ANISOTROPIC, EXPLODING, DiagonalGaussian, run, scheduler_for
 
 
 N, END = 961, 240  # uniform steps from t = 1 to t = 0.25, where the flow is smooth in every solver's own clock
@@ -39,10 +39,13 @@ def rules(stochastic):
     ]
 
 
+PROBLEMS = [pytest.param(ANISOTROPIC, id="drift"), pytest.param(EXPLODING, id="exploding")]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("name, solver_order, order", rules(stochastic=False))
-def test_ode_solvers_converge_to_the_exact_flow_with_their_order(name, solver_order, order):
+def test_ode_solvers_converge_to_the_exact_flow_with_their_order(name, solver_order, order, problem):
     """Multistep rules start from exact samples, so that their order shows and not that of their first steps."""
-    problem = ANISOTROPIC
     scheduler = scheduler_for(problem, N, moments=False, solver=name, solver_order=solver_order)
     start, end = scheduler.integrated_beta[N - 1], scheduler.integrated_beta[END]
     mean, variance = problem.moments(start)
@@ -65,10 +68,10 @@ def test_ode_solvers_converge_to_the_exact_flow_with_their_order(name, solver_or
     assert -0.35 < order_of(errors) - order < 0.35, errors
 
 
+@pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("prediction_type", list(PARAMETERIZATIONS))
-def test_trig_is_exact_for_gaussians_in_any_number_of_steps(prediction_type, steps):
-    problem = ANISOTROPIC
+def test_trig_is_exact_for_gaussians_in_any_number_of_steps(prediction_type, steps, problem):
     scheduler = scheduler_for(problem, solver="trig", prediction_type=prediction_type)
     scheduler.set_timesteps(steps)
     start = scheduler.integrated_beta[-1]
@@ -137,9 +140,9 @@ def law_of_samples(scheduler, problem, num_steps, monkeypatch):
     return x[0], (x[1] - x[0]) ** 2 * variance + ((x[2:] - x[0]) ** 2).sum(0)
 
 
+@pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("name, solver_order, order", rules(stochastic=True))
-def test_stochastic_solvers_converge_in_law_with_their_order(name, solver_order, order, monkeypatch):
-    problem = ANISOTROPIC
+def test_stochastic_solvers_converge_in_law_with_their_order(name, solver_order, order, problem, monkeypatch):
     scheduler = scheduler_for(problem, N, solver=name, solver_order=solver_order)
     exact_mean, exact_variance = problem.moments(scheduler.integrated_beta[END])
     errors = []

@@ -34,9 +34,9 @@ LAMBDA_RANGE = (1e-8, 1e8)  # a step cannot leave it: lambda stays positive in a
 class AdaptiveDiagonalDrift(Statistics):
     r"""Diagonal drift $\lambda$ of the Ornstein-Uhlenbeck process, its running averages, and the moments of the data.
 
-    It is born neutral, $\lambda = 1$, where the process is that of DDPM. [`StochasticApproximation`] moves it. It
-    holds statistics and not weights: all tensors are float64 on the CPU, whatever `.to(...)` is asked for, and are
-    cast where they are used.
+    It is born neutral, $\lambda = 1$, where the process is that of DDPM; at $\lambda = 0$, which can be set, it is the
+    variance-exploding one. [`StochasticApproximation`] moves it. It holds statistics and not weights: all tensors are
+    float64 on the CPU, whatever `.to(...)` is asked for, and are cast where they are used.
 
     In the `dense` basis the drift is any symmetric positive definite matrix $D = U \mathrm{diag}(\lambda) U^T$ (the
     general transport of appendix D.1, whose antisymmetric part vanishes where the marginals match), and its axes are
@@ -175,8 +175,9 @@ class AdaptiveDiagonalDrift(Statistics):
         r"""Set $\lambda$ and restart its averages there; `num_updates` is left as it is.
 
         Args:
-            value (`float` or `Tensor`): Positive and finite, broadcastable to `lam`. Where the axes turn, also the
-                matrix D in the samples' own coordinates, `(d, d)`, symmetric and positive definite.
+            value (`float` or `Tensor`): Not negative, and finite; broadcastable to `lam`. Where the axes turn, also
+                the matrix D in the samples' own coordinates, `(d, d)`, symmetric and positive semidefinite. At 0 there
+                is no [`step`].
         """
         value = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
         is_matrix = self.turns and value.ndim == 2
@@ -185,8 +186,8 @@ class AdaptiveDiagonalDrift(Statistics):
                 f"`value` must be numbers or a symmetric matrix {tuple(self.rotation.shape)}, got {value.tolist()}."
             )
         values = torch.linalg.eigvalsh(value) if is_matrix else value
-        if not (torch.isfinite(values) & (values > 0)).all():
-            raise ValueError(f"`value` must be positive and finite in every entry, got {value.tolist()}.")
+        if not (torch.isfinite(values) & (values >= 0)).all():
+            raise ValueError(f"`value` must be finite and not negative in every entry, got {value.tolist()}.")
         try:
             value = value if is_matrix else value.expand(self.lam.shape)
         except RuntimeError as error:
@@ -206,8 +207,12 @@ class AdaptiveDiagonalDrift(Statistics):
 
         A step on the logarithm is free of scale and keeps $\lambda$ positive. Where the axes turn the direction is a
         symmetric matrix along the axes, and the step $D \leftarrow D^{1/2} e^{\eta d} D^{1/2}$, diagonalised again.
+
+        Raises:
+            ValueError: Some $\lambda$ is 0, which no such step leaves; or an argument is not finite.
         """
         self._check_update("direction", direction)
+        self.check_can_step()
         if not math.isfinite(step_size):
             raise ValueError(f"`step_size` must be finite, got {step_size}.")
         change = step_size * direction.detach().to(self.lam)
@@ -216,6 +221,14 @@ class AdaptiveDiagonalDrift(Statistics):
             self.move_to(root[:, None] * torch.linalg.matrix_exp(change) * root)
         else:
             self.move_to((self.lam * torch.exp(change)).clamp(*LAMBDA_RANGE))
+
+    def check_can_step(self) -> None:
+        r"""Raise a ValueError if some $\lambda$ is 0, which a step on its logarithm cannot leave."""
+        if not (self.lam > 0).all():
+            raise ValueError(
+                "Some lambda of the drift is 0, and a step on its logarithm cannot leave that: start above it, with"
+                " `drift.set_lambda(...)`; over a table of sigmas 1 / sigma_max**2 is a good start."
+            )
 
     def move_to(self, value: Tensor) -> None:
         r"""One update to a new $\lambda$ (where the axes turn D along them, a symmetric matrix), and both averages.
@@ -259,7 +272,7 @@ class AdaptiveDiagonalDrift(Statistics):
         # each axis keeps its rank and its sense, so that lambda can be followed over the updates
         ranks = self.lam.argsort(stable=True).argsort()
         values, vectors = values[ranks], vectors[:, ranks]
-        self.lam.copy_(values)
+        self.lam.copy_(values.clamp(min=0))  # a lambda of 0 may be rounded to less
         self._turn((vectors * torch.where(vectors.diagonal() < 0, -1.0, 1.0)).T)
 
     def _turn(self, turn: Tensor) -> None:
@@ -273,12 +286,13 @@ class AdaptiveDiagonalDrift(Statistics):
         """Set the data's moments from samples of shape `(n, *event_shape)`, or from batches of them.
 
         The axes of the `dense` basis are turned to the data's principal ones, and in the `dct` basis the channels to
-        theirs in the first batch, so lambda must still be neutral.
+        theirs in the first batch, so lambda must still be one number for all dimensions.
 
         Raises:
-            ValueError: The samples have another shape, are fewer than two or not finite; or lambda is not neutral.
+            ValueError: The samples have another shape, are fewer than two or not finite; or lambda differs between
+                dimensions.
         """
-        if self.config["basis"] != "identity" and not self.is_neutral:
+        if self.config["basis"] != "identity" and not (self.lam == self.lam.flatten()[0]).all():
             raise ValueError(
                 "The moments turn the basis, so fit them before lambda is learned: it would change meaning."
             )
@@ -352,9 +366,7 @@ class AdaptiveDiagonalDrift(Statistics):
                 f"The drift file {path} is damaged or is not a drift ({error}). Download or save it again."
             ) from error
         averages = (drift.lam_polyak, drift.lam_ema)
-        positive = (drift.lam, *(b.diagonal() if drift.turns else b for b in averages))
-        if not all((b > 0).all() for b in positive) or not all(torch.isfinite(b).all() for b in drift.buffers()):
-            raise ValueError(
-                f"The drift file {path} holds values that are not finite, or a lambda that is not positive."
-            )
+        rates = (drift.lam, *(b.diagonal() if drift.turns else b for b in averages))
+        if not all((b >= 0).all() for b in rates) or not all(torch.isfinite(b).all() for b in drift.buffers()):
+            raise ValueError(f"The drift file {path} holds values that are not finite, or a negative lambda.")
         return drift

@@ -20,6 +20,7 @@ References:
     Deng et al. (2024), "Variational Schrödinger Diffusion Models", ICML: equation numbers below.
     Song et al. (2021), "Score-Based Generative Modeling through Stochastic Differential Equations".
     Ho et al. (2020), "Denoising Diffusion Probabilistic Models".
+    Karras et al. (2022), "Elucidating the Design Space of Diffusion-Based Generative Models".
 """
 
 import torch
@@ -37,6 +38,15 @@ def power_law_beta(t: Tensor, beta_min: float, beta_max: float, power: float) ->
 def power_law_integrated_beta(t: Tensor, beta_min: float, beta_max: float, power: float) -> Tensor:
     r"""$g_t = \beta_{min} t + (\beta_{max} - \beta_{min}) t^{r+1} / (r+1)$, the integral of [`power_law_beta`]."""
     return beta_min * t + (beta_max - beta_min) * t ** (power + 1) / (power + 1)
+
+
+def karras_sigma(t: Tensor, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    r"""$\sigma_t = (\sigma_{min}^{1/\rho} + t (\sigma_{max}^{1/\rho} - \sigma_{min}^{1/\rho}))^\rho$, $t \in [0, 1]$.
+
+    Eq. 5 of Karras et al. (2022), from the least noise to the most; $g_t = \sigma_t^2$ at $\lambda = 0$.
+    """
+    least, most = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (least + t * (most - least)) ** rho
 
 
 def integrated_beta(betas: Tensor) -> Tensor:

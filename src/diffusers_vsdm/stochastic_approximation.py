@@ -10,9 +10,10 @@ automatic differentiation. At the $A$ that the trajectories were simulated with,
 - `zeta_placement="inner_product"`: $1 + \zeta E[\mathrm{score}_i x_i] + (1 - \zeta) A_i E[x_i^2]$, Eq. 6 as printed.
 
 All of it in the coordinates of the drift's basis. Averaged over time with weight $\beta \, dt = dg$, the step is
-$\log \lambda \mathrel{+}= \eta_k \cdot$ gradient: descending in $A$ is ascending in $\lambda = 1 - 2A$. The step sizes
-are $\eta_k = a / (k^\alpha + b)$ (assumption A5). Where the drift's axes are learned (`basis="dense"`) the moments are
-matrices and the gradient is the symmetric part of theirs.
+$\log \lambda \mathrel{+}= \eta_k \cdot$ gradient: descending in $A$ is ascending in $\lambda = 1 - 2A$, or in
+$\lambda = -2A$ over a variance-exploding reference. The step sizes are $\eta_k = a / (k^\alpha + b)$ (assumption A5).
+Where the drift's axes are learned (`basis="dense"`) the moments are matrices and the gradient is the symmetric part of
+theirs.
 
 `update="ipf"` takes the minimiser of that loss at $\zeta = 1$ instead of a step,
 
@@ -95,10 +96,13 @@ class StochasticApproximation:
             the minimiser, see above.
         prior (`str`, defaults to `"standard"`): Law of the trajectories' start: `"standard"` N(0, I), `"conditional"`
             $N(0, s_T^2)$ or `"marginal"` $N(a_T m, a_T^2 v + s_T^2)$. Only the first restrains $\lambda$ at zeta < 1.
+        variance_exploding (`bool`, defaults to `False`): Whether the reference, the process at $A = 0$, is the
+            variance-exploding one, $\lambda = -2A$, and not that of $\lambda = 1 - 2A$. The standard prior is then
+            $N(0, g_T I)$, the reference's own.
         num_trajectories (`int`, defaults to 512): Trajectories in a stage.
         num_steps (`int`, *optional*): Steps of a trajectory, at most N; evenly spaced training times. Defaults to
-            about 13 for each unit of $g_T$ (50 for the power law up to beta_max 10, 99 for 20); N, and no less, where
-            $\lambda$ varies in time.
+            about 13 for each unit of $g_T$ (50 for the power law up to beta_max 10, 99 for 20), or N where the
+            reference is variance-exploding; N, and no less, where $\lambda$ varies in time.
         batch_size (`int`, *optional*): Trajectories simulated at once. Defaults to all of them.
         step_scale, step_offset, step_power (`float`): $a$, $b$ and $\alpha$ of $\eta_k = a / (k^\alpha + b)$.
         clip (`float`, defaults to 1.0): The gradient is clipped to [-clip, clip] in each entry, or in each eigenvalue
@@ -119,6 +123,7 @@ class StochasticApproximation:
         zeta_placement: str = "divergence",
         update: str = "gradient",
         prior: str = "standard",
+        variance_exploding: bool = False,
         num_trajectories: int = 512,
         num_steps: int | None = None,
         batch_size: int | None = None,
@@ -132,7 +137,8 @@ class StochasticApproximation:
         if g.ndim != 1 or not (torch.diff(g, prepend=g.new_zeros(1)) > 0).all() or not torch.isfinite(g).all():
             raise ValueError("`integrated_beta` must be a finite, positive and increasing table of shape (N,).")
         self.process = DiscreteProcess(drift.lam, g, drift.num_times is not None)
-        enough = len(g) if self.process.varies else min(len(g), max(1, round(STEPS_PER_G * float(g[-1]))))
+        needs_all = self.process.varies or variance_exploding
+        enough = len(g) if needs_all else min(len(g), max(1, round(STEPS_PER_G * float(g[-1]))))
         num_steps = enough if num_steps is None else num_steps
         steps_remedy = f"between 1 and the {len(g)} training times"
         if self.process.varies and num_steps != len(g):
@@ -162,6 +168,7 @@ class StochasticApproximation:
         self.zeta_placement = zeta_placement
         self.update_rule = update
         self.prior = prior
+        self.variance_exploding = variance_exploding
         self.num_trajectories = num_trajectories
         self.batch_size = batch_size or num_trajectories
         self.step_scale, self.step_offset, self.step_power = step_scale, step_offset, step_power
@@ -206,7 +213,13 @@ class StochasticApproximation:
 
         Returns:
             [`StageOutput`]: moments, step and the new $\lambda$.
+
+        Raises:
+            ValueError: Some $\lambda$ is 0, which steps along the gradient cannot leave.
         """
+        is_ipf = self.update_rule == "ipf"
+        if not is_ipf:
+            self.drift.check_can_step()
         self.num_stages += 1
         mine = range(process_index, self.num_trajectories, num_processes)
         drift = self.drift
@@ -225,7 +238,6 @@ class StochasticApproximation:
         score_x, x_x = moments[:2]
         if data is not None and not skipped:
             score_x = self._calibrated(score_x, moments[2])
-        is_ipf = self.update_rule == "ipf"
         gradient = torch.zeros_like(score_x) if skipped else self._gradient(score_x, x_x)
         eta = 1.0 if is_ipf else self.step_size(int(drift.num_updates) + 1)
         if skipped:
@@ -245,7 +257,8 @@ class StochasticApproximation:
 
     def _gradient(self, score_x: Tensor, x_x: Tensor) -> Tensor:
         """Of the loss in A, clipped; with moments in the shape of lambda, or matrices where the axes turn."""
-        a, turns = (1 - self.drift.lam) / 2, self.drift.turns
+        reference = 0 if self.variance_exploding else 1
+        a, turns = (reference - self.drift.lam) / 2, self.drift.turns
         one = torch.eye(len(a), dtype=a.dtype) if turns else torch.ones_like(a)
         a_x_x = a[:, None] * x_x if turns else a * x_x
         if self.zeta_placement == "divergence":
@@ -349,7 +362,7 @@ class StochasticApproximation:
         """Mean and standard deviation of the trajectories' start."""
         zero, one = torch.zeros_like(self.drift.data_mean), torch.ones_like(self.drift.data_mean)
         if self.prior == "standard":
-            return zero, one
+            return zero, one * self.process.table[-1].sqrt() if self.variance_exploding else one
         data = (self.drift.data_mean, self.drift.data_variance) if self.prior == "marginal" else (zero, zero)
         g, scale = (value[0] for value in self.process.at(torch.tensor(self.timesteps[:1])))
         mean, variance = process.marginal_moments(self.process.lam, g, *data)

@@ -63,12 +63,13 @@ class VSDMPipeline(DiffusionPipeline):
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, normalizer: DataNormalizer | None = None):
         super().__init__()
-        if not isinstance(scheduler, VSDMScheduler) and scheduler.config.get("drift_sha256") is not None:
-            raise ValueError(
-                f"`scheduler` is a {type(scheduler).__name__} whose configuration belongs to a drift, which"
-                " that class cannot use: the network and its noise levels would not match. Use"
-                " `VSDMScheduler.from_config(pipe.scheduler.config, solver=...)`."
-            )
+        for key, what in {"drift_sha256": "a drift", "trained_sigmas": "a table of sigmas"}.items():
+            if not isinstance(scheduler, VSDMScheduler) and scheduler.config.get(key) is not None:
+                raise ValueError(
+                    f"`scheduler` is a {type(scheduler).__name__} whose configuration belongs to {what}, which"
+                    " that class cannot use: the network and its noise levels would not match. Use"
+                    " `VSDMScheduler.from_config(pipe.scheduler.config, solver=...)`."
+                )
         # Weights that were just loaded lie in the file's own alignment, and the matrix kernels of a CPU round by it:
         # without this a model samples differently in the last digit after loading
         for parameter in unet.parameters():

@@ -33,7 +33,7 @@ class DriftOwner(SchedulerMixin, ConfigMixin):
 
     @property
     def drift(self) -> AdaptiveDiagonalDrift | None:
-        r"""The drift, or None for the neutral $\lambda = 1$. It may be changed in place at any time."""
+        r"""The drift, which may be changed in place at any time; None for $\lambda = 1$, or 0 with sigmas."""
         return self._drift
 
     def set_drift(self, drift: AdaptiveDiagonalDrift | None) -> None:

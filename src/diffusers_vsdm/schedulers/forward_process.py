@@ -1,11 +1,16 @@
 """The forward half of `VSDMScheduler`: the process with its table and its drift, without solvers."""
 
+import itertools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from .. import process
 from ..bases import Basis, IdentityBasis
 from ..discrete import DiscreteProcess, integrated_beta_at
+from ..drift import AdaptiveDiagonalDrift
+from ..statistics import as_batches
 from .drift_owner import DriftOwner
 from .marginals import Marginals
 from .parameterization import PARAMETERIZATIONS, SIGMA_DATA, Parameterization, edm
@@ -13,10 +18,10 @@ from .tables import LEARNED
 
 
 class ForwardProcess(DriftOwner):
-    """Base of schedulers: noise is added by a table of betas and the rates of a drift.
+    """Base of schedulers: noise is added by a table of betas or sigmas, and the rates of a drift.
 
     Attributes:
-        betas (`Tensor`): The table, `(N,)` in float32.
+        betas (`Tensor`): The table of betas, `(N,)` in float32; see [`NoiseTable`].
         integrated_beta (`Tensor`): $g_k$ at the training times, `(N,)` in float64.
     """
 
@@ -54,17 +59,31 @@ class ForwardProcess(DriftOwner):
         return one if (power == one).all() else power
 
     def integrated_beta_at(self, timesteps: Tensor | int) -> Tensor:
-        r"""$g_t = -\log\bar\alpha_t$ at training steps, whole or between two; their shape, in float64."""
+        r"""$g_t$ at training steps, whole or between two; their shape, in float64.
+
+        It is $-\log\bar\alpha_t$ of a table of betas, and $\sigma_t^2$ of one of sigmas.
+        """
         return integrated_beta_at(torch.as_tensor(timesteps).cpu(), self.integrated_beta)
 
     def rates(self, timesteps: Tensor) -> Tensor:
         r"""$\beta_t$ per unit of time, averaged over each training interval of length 1 / N; shape of `timesteps`."""
-        return (-torch.log1p(-self.betas) * len(self)).to(timesteps.device)[timesteps]
+        g = self.integrated_beta
+        rates = torch.diff(g, prepend=g.new_zeros(1)) * len(self)
+        return rates.float().to(timesteps.device)[timesteps]
+
+    @property
+    def is_variance_exploding(self) -> bool:
+        r"""Whether the table is one of sigmas (`trained_sigmas`): then $\lambda = 0$ without a drift, and 1 else."""
+        return self._internal_dict.get("trained_sigmas") is not None
+
+    @property
+    def _neutral_rate(self) -> Tensor:
+        return torch.tensor(0.0 if self.is_variance_exploding else 1.0, dtype=torch.float64)
 
     @property
     def mean_rate(self) -> Tensor:
-        r"""The mean of all $\lambda$, a scalar in float64; 1 without a drift."""
-        return torch.ones((), dtype=torch.float64) if self._drift is None else self._drift.lam.mean()
+        r"""The mean of all $\lambda$, a scalar in float64; without a drift 1, or 0 with a table of sigmas."""
+        return self._neutral_rate if self._drift is None else self._drift.lam.mean()
 
     def basis(self, like: Tensor) -> Basis:
         """The coordinates in which the process is elementwise, for tensors like this one.
@@ -150,12 +169,48 @@ class ForwardProcess(DriftOwner):
         eps = self.parameterization.eps(output, x, a, s)
         return basis.from_basis(process.conditional_score(eps, s))
 
+    def fit_moments(self, data: Tensor | Iterable[Tensor], basis: str = "dct") -> None:
+        r"""Start from the marginal prior $N(a_T m, a_T^2 v + s_T^2)$ of this data from now on.
+
+        A repair for existing models whose table leaves some signal at its last time (Lin et al. 2023): the network is
+        trained on $x_T$ with that signal, but sampling starts from N(0, I) without it, which costs contrast and
+        brightness where $a_T^2 v$ is not small. The process, the solver and the network stay as they are. In a
+        pipeline of another class pass `latents=scheduler.sample_prior(shape, generator)`.
+
+        Args:
+            data (`Tensor` or batches of them): What the network was trained on, images in [-1, 1] or scaled latents,
+                `(n, *event_shape)`; some hundreds will do.
+            basis (`str`, defaults to `"dct"`): Basis of the moments, where there is no drift yet. Images are
+                uncorrelated in `"dct"`, nearly, and not in `"identity"`; vectors have only the latter.
+
+        Raises:
+            ValueError: The network's preconditioning goes by the moments that there are (`edm` without `sigma_data`).
+        """
+        config = self._internal_dict
+        if config["prediction_type"] == "edm" and config["sigma_data"] is None:
+            raise ValueError(
+                "The network was trained with `edm` preconditioning by other moments: set `sigma_data` to what it was"
+                f" trained with ({SIGMA_DATA} without a drift)."
+            )
+        drift = self._drift
+        if drift is None:
+            first, batches = itertools.tee(as_batches(data))
+            shape = tuple(next(first).shape[1:])
+            drift = AdaptiveDiagonalDrift(shape, (1,) * len(shape), basis=basis)
+            drift.set_lambda(self.mean_rate)
+            data = batches
+        drift.fit_moments(data)
+        self.set_drift(drift)
+        self.register_to_config(prior_type="marginal")
+        defaults = self._internal_dict.get("_use_default_values", [])
+        self.register_to_config(_use_default_values=[key for key in defaults if key != "prior_type"])
+
     def _rates(self) -> DiscreteProcess:
         """The process at the training times in float64; its lambda is a scalar where all dimensions share one."""
 
         def make() -> DiscreteProcess:
             if self._drift is None:
-                return DiscreteProcess(torch.ones((), dtype=torch.float64), self.integrated_beta)
+                return DiscreteProcess(self._neutral_rate, self.integrated_beta)
             lam = self._drift.lam
             one = lam.flatten()[0]
             if (lam == one).all():

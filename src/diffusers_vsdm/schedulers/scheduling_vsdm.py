@@ -1,15 +1,13 @@
 """`VSDMScheduler`: the process, its drift and its solvers behind the contract of Diffusers' schedulers."""
 
 import collections
-import itertools
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, logging
@@ -18,13 +16,12 @@ from torch import Tensor
 
 from .. import process
 from ..bases import IdentityBasis
-from ..drift import AdaptiveDiagonalDrift
 from ..solvers import SOLVERS
-from ..statistics import as_batches
 from .forward_process import ForwardProcess, at_least_float32, check_agree
 from .grids import SPACINGS, TIME_GRIDS, continuous_grid, custom_grid, inference_grid
 from .marginals import log_sigma
-from .parameterization import PARAMETERIZATIONS, SIGMA_DATA
+from .noise_table import BETA_SCHEDULES, table_of_betas, table_of_sigmas
+from .parameterization import PARAMETERIZATIONS
 from .prior import GaussianPrior
 from .tables import LEARNED, VARIANCE_TYPES, Call, combine, learned_std, make_calls
 
@@ -33,7 +30,6 @@ logger = logging.get_logger(__name__)
 
 PRIORS = ("conditional", "marginal")
 FINAL_SIGMAS = ("zero", "sigma_min")
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -61,6 +57,9 @@ class VSDMScheduler(ForwardProcess):
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: The table of
             betas, as in `DDPMScheduler`; it fixes $g_k = -\log \bar\alpha_k$. See also [`from_power_law`].
+        trained_sigmas (`list[float]`, *optional*): A table of standard deviations, rising, instead of one of betas:
+            the variance-exploding process, $g_k = \sigma_k^2$, and $\lambda = 0$ where there is no drift. See
+            [`from_variance_exploding`].
         variance_type (`str`, defaults to `"fixed_small"`): Variance of the `ddpm` solver's noise.
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: Clipping of the
             predicted data, as in `DDPMScheduler`; solvers that step by the predicted noise alone (`euler`, `heun`,
@@ -80,7 +79,7 @@ class VSDMScheduler(ForwardProcess):
             `"spacing"`.
         prior_type (`str`, defaults to `"conditional"`): Law of the first sample: `"conditional"` $N(0, s_T^2)$, the
             law of $x_T$ given $x_0 = 0$, or `"marginal"` $N(a_T m, a_T^2 v + s_T^2)$ with the drift's moments of the
-            data. Without a drift it is N(0, I), as for stock schedulers.
+            data. Without a drift it is N(0, I), as for stock schedulers, or $N(0, \sigma_T^2)$ with a table of sigmas.
         final_sigmas_type (`str`, defaults to `"zero"`): Whether sampling ends at the data (`"zero"`) or at the first
             training time (`"sigma_min"`).
         sigma_data (`float`, *optional*): Standard deviation of the data for `edm`. Defaults to the root of $E x_0^2$
@@ -121,6 +120,7 @@ class VSDMScheduler(ForwardProcess):
         final_sigmas_type: str = "zero",
         sigma_data: float | None = None,
         drift_sha256: str | None = None,
+        trained_sigmas: np.ndarray | list[float] | None = None,
     ):
         choices = {
             "beta_schedule": (beta_schedule, BETA_SCHEDULES),
@@ -139,25 +139,30 @@ class VSDMScheduler(ForwardProcess):
         # where DDPMScheduler takes anything, so does this class, but says so
         if variance_type not in VARIANCE_TYPES:
             logger.warning(f"`variance_type` {variance_type!r} is none of {VARIANCE_TYPES}: taken as 'fixed_small'.")
-        if trained_betas is not None and len(trained_betas) != num_train_timesteps:
-            logger.warning(
-                f"`trained_betas` has {len(trained_betas)} entries and `num_train_timesteps` is {num_train_timesteps}:"
-                " the table counts."
+        if trained_sigmas is not None and (trained_betas is not None or rescale_betas_zero_snr):
+            raise ValueError(
+                "`trained_sigmas` is a table of its own: pass `trained_betas=None` and"
+                " `rescale_betas_zero_snr=False` with it."
             )
-            num_train_timesteps = len(trained_betas)
-        # Diffusers' own tables, so that they are the same to the last bit
-        self.betas = DDPMScheduler(
-            num_train_timesteps=num_train_timesteps,
-            beta_start=beta_start,
-            beta_end=beta_end,
-            beta_schedule=beta_schedule,
-            trained_betas=trained_betas,
-            rescale_betas_zero_snr=rescale_betas_zero_snr,
-        ).betas
-        if not ((self.betas > 0) & (self.betas <= 1)).all() or (self.betas[:-1] == 1).any():
-            raise ValueError("The betas must lie in (0, 1); only the last may be 1 (zero terminal SNR).")
-        self.integrated_beta = process.integrated_beta(self.betas.double())
-        self.alphas_cumprod = torch.exp(-self.integrated_beta).float()
+        for name, table in (("trained_betas", trained_betas), ("trained_sigmas", trained_sigmas)):
+            if table is not None and len(table) != num_train_timesteps:
+                logger.warning(
+                    f"`{name}` has {len(table)} entries and `num_train_timesteps` is {num_train_timesteps}:"
+                    " the table counts."
+                )
+                num_train_timesteps = len(table)
+        if trained_sigmas is None:
+            noise = table_of_betas(
+                num_train_timesteps=num_train_timesteps,
+                beta_start=beta_start,
+                beta_end=beta_end,
+                beta_schedule=beta_schedule,
+                trained_betas=trained_betas,
+                rescale_betas_zero_snr=rescale_betas_zero_snr,
+            )
+        else:
+            noise = table_of_sigmas(trained_sigmas)
+        self.integrated_beta, self.betas, self.alphas_cumprod = noise
 
         self._solver = SOLVERS[solver]
         rule = self._solver.rule(solver_order)
@@ -207,6 +212,40 @@ class VSDMScheduler(ForwardProcess):
         settings = {"clip_sample": False, "timestep_spacing": "trailing"} | kwargs
         return cls(num_train_timesteps=num_train_timesteps, trained_betas=betas, **settings)
 
+    @classmethod
+    def from_variance_exploding(
+        cls,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        rho: float = 7.0,
+        num_train_timesteps: int = 1000,
+        **kwargs: Any,
+    ) -> "VSDMScheduler":
+        r"""A scheduler with the forward process of EDM, $x_t = x_0 + \sigma_t \epsilon$ (Karras et al. 2022).
+
+        The training times are spaced by their Eq. 5, from `sigma_min` at k = 0 to `sigma_max` at k = N - 1. Stock
+        schedulers do not know such a table.
+
+        Args:
+            sigma_min, sigma_max (`float`): Standard deviations of the noise, 0 < sigma_min < sigma_max.
+            rho (`float`, defaults to 7.0): The exponent of the spacing, positive.
+            num_train_timesteps (`int`, defaults to 1000): Training times N, two or more.
+            kwargs: Other arguments of the class. Here `clip_sample` defaults to False and `timestep_spacing` to
+                `"linspace"`: n steps visit the whole times nearest to those of EDM's sampler with this rho, from
+                `sigma_max` to `sigma_min`, and then the data. With rho 7 `time_grid="karras"` visits them exactly.
+        """
+        if not 0 < sigma_min < sigma_max or not rho > 0 or num_train_timesteps < 2:
+            raise ValueError(
+                "The variance-exploding process needs 0 < sigma_min < sigma_max, rho > 0 and two training times or"
+                f" more, got sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho},"
+                f" num_train_timesteps={num_train_timesteps}."
+            )
+        t = torch.linspace(0, 1, num_train_timesteps, dtype=torch.float64)
+        sigmas = process.karras_sigma(t, sigma_min, sigma_max, rho).tolist()
+        sigmas[0], sigmas[-1] = float(sigma_min), float(sigma_max)  # to the last bit
+        settings = {"clip_sample": False, "timestep_spacing": "linspace"} | kwargs
+        return cls(num_train_timesteps=num_train_timesteps, trained_sigmas=sigmas, **settings)
+
     # State ---------------------------------------------------------------------------------------------------
 
     @property
@@ -234,16 +273,21 @@ class VSDMScheduler(ForwardProcess):
     def init_noise_sigma(self) -> float | Tensor:
         """Standard deviation of the first sample, for pipelines that start from `randn * init_noise_sigma`.
 
-        1 without a drift, as in `DDPMScheduler`. Such a pipeline has no place for the prior's mean: see
-        [`sample_prior`].
+        1 without a drift, as in `DDPMScheduler`, or sigma with a table of sigmas. Such a pipeline has no place for
+        the prior's mean: see [`sample_prior`].
         """
         self._prior_was_used = True
         if self._drift is None:
-            return 1.0
+            return float(self._rates().scales(self._grid[:1])[1]) if self.is_variance_exploding else 1.0
         std = self.prior(timestep=self._grid[0]).std
         if self._drift.config["basis"] != "identity":
             std = std.square().mean().sqrt()  # a pipeline multiplies pixels
         return std.to(self.timesteps.device, torch.float32)
+
+    @property
+    def _starts_as_stock(self) -> bool:
+        """Whether stock pipelines, which start from N(0, I), start where this process ends."""
+        return not self.is_variance_exploding and (self._drift is None or self._drift.is_neutral)
 
     @property
     def step_index(self) -> int | None:
@@ -392,7 +436,8 @@ class VSDMScheduler(ForwardProcess):
                 factor = torch.linalg.cholesky(torch.outer(a, a) * drift.data_covariance + torch.diag(s**2))
         else:
             # without a drift N(0, I), where stock schedulers start
-            std = torch.ones_like(lam) if drift is None else scale * process.std(lam, g)
+            is_stock = drift is None and not self.is_variance_exploding
+            std = torch.ones_like(lam) if is_stock else scale * process.std(lam, g)
             mean = torch.zeros_like(std)
         basis = IdentityBasis() if drift is None else drift.basis(device, dtype)
         place = torch.device(device), dtype
@@ -417,40 +462,6 @@ class VSDMScheduler(ForwardProcess):
         self._prior_was_used = True
         exact = at_least_float32(dtype)
         return self.prior(noise.device, exact, self._grid[0]).sample(noise.to(exact)).to(dtype)
-
-    def fit_moments(self, data: Tensor | Iterable[Tensor], basis: str = "dct") -> None:
-        r"""Start from the marginal prior $N(a_T m, a_T^2 v + s_T^2)$ of this data from now on.
-
-        A repair for existing models whose table leaves some signal at its last time (Lin et al. 2023): the network is
-        trained on $x_T$ with that signal, but sampling starts from N(0, I) without it, which costs contrast and
-        brightness where $a_T^2 v$ is not small. The process, the solver and the network stay as they are. In a
-        pipeline of another class pass `latents=scheduler.sample_prior(shape, generator)`.
-
-        Args:
-            data (`Tensor` or batches of them): What the network was trained on, images in [-1, 1] or scaled latents,
-                `(n, *event_shape)`; some hundreds will do.
-            basis (`str`, defaults to `"dct"`): Basis of the moments, where there is no drift yet. Images are
-                uncorrelated in `"dct"`, nearly, and not in `"identity"`; vectors have only the latter.
-
-        Raises:
-            ValueError: The network's preconditioning goes by the moments that there are (`edm` without `sigma_data`).
-        """
-        drift, config = self._drift, self._internal_dict
-        if config["prediction_type"] == "edm" and config["sigma_data"] is None:
-            raise ValueError(
-                "The network was trained with `edm` preconditioning by other moments: set `sigma_data` to what it was"
-                f" trained with ({SIGMA_DATA} without a drift)."
-            )
-        if drift is None:
-            first, batches = itertools.tee(as_batches(data))
-            shape = tuple(next(first).shape[1:])
-            drift = AdaptiveDiagonalDrift(shape, (1,) * len(shape), basis=basis)
-            data = batches
-        drift.fit_moments(data)
-        self.set_drift(drift)
-        self.register_to_config(prior_type="marginal")
-        defaults = self._internal_dict.get("_use_default_values", [])
-        self.register_to_config(_use_default_values=[key for key in defaults if key != "prior_type"])
 
     def step(
         self,
@@ -481,10 +492,10 @@ class VSDMScheduler(ForwardProcess):
         computed_in = at_least_float32(dtype)
         sample, model_output = sample.to(computed_in), model_output.to(computed_in)
         index = self._next_index(timestep)
-        if index == 0 and not self._prior_was_used and self._drift is not None and not self._drift.is_neutral:
+        if index == 0 and not self._prior_was_used and not self._starts_as_stock:
             self._prior_was_used = True
             warnings.warn(
-                "This run starts from noise that did not come from the learned drift's prior: the caller used neither"
+                "This run starts from noise that did not come from this process's prior: the caller used neither"
                 " `init_noise_sigma` nor `sample_prior`. Use VSDMPipeline, or `latents=scheduler.sample_prior(...)`.",
                 stacklevel=2,
             )

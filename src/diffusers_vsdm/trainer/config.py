@@ -11,13 +11,14 @@ from ..data import TOYS
 from ..drift import AVERAGES, BASES
 from ..models import UNETS
 from ..objectives import TIME_SAMPLINGS, WEIGHTINGS
+from ..schedulers.noise_table import BETA_SCHEDULES
 from ..schedulers.parameterization import PARAMETERIZATIONS
-from ..schedulers.scheduling_vsdm import BETA_SCHEDULES, PRIORS
+from ..schedulers.scheduling_vsdm import PRIORS
 from ..solvers import SOLVERS
 from ..stochastic_approximation import GRADIENTS, SIMULATION_PRIORS, UPDATES
 
 
-POWER_LAW = "power_law"
+POWER_LAW, EXPLODING = "power_law", "ve"
 SCRIPT = "training/train_vsdm.py"
 # what may differ between the parts of a resumed run
 INCIDENTAL = (
@@ -76,18 +77,24 @@ class TrainingConfig(DataConfig):
 
     # process
     baseline: str = setting(
-        "none", "`sgm` freezes lambda at 1: a score-based model without a learned drift.", BASELINES
+        "none", "`sgm` freezes lambda at 1, at 0 for ve: a score-based model without a learned drift.", BASELINES
     )
     standardize: bool = setting(False, "Train on data of mean 0 and standard deviation 1 in each dimension.")
     prior_type: str = setting("marginal", "Law of the first sample.", PRIORS)
-    ddpm_beta_schedule: str = setting(POWER_LAW, "Table of betas.", (POWER_LAW, *BETA_SCHEDULES))
+    ddpm_beta_schedule: str = setting(
+        POWER_LAW,
+        "Table of betas; or ve, the variance-exploding process of EDM, where lambda starts at 1 / sigma_max^2.",
+        (POWER_LAW, EXPLODING, *BETA_SCHEDULES),
+    )
     beta_min: float = setting(0.1, "Smallest rate of the power law, per unit of time.")
     beta_max: float = setting(10.0, "Largest rate of the power law, per unit of time.")
     beta_power: float = setting(1.7, "Exponent of the power law.")
+    sigma_min: float = setting(0.002, "Least standard deviation of the noise of ve.")
+    sigma_max: float = setting(80.0, "Largest standard deviation of the noise of ve.")
     ddpm_num_steps: int = setting(100, "Training times N.")
     prediction_type: str = setting(
         "auto",
-        "What the network predicts; auto is v_prediction for vectors and epsilon for images.",
+        "What the network predicts; auto is v_prediction for vectors, epsilon for images, and edm with ve.",
         ("auto", *PARAMETERIZATIONS),
     )
     basis: str = setting(
@@ -176,7 +183,7 @@ class TrainingConfig(DataConfig):
         positive = (
             "num_train_samples ddpm_num_steps model_width max_train_steps train_batch_size learning_rate max_grad_norm"
             " logging_steps beta_min sa_trajectories sa_step_scale num_eval_steps gradient_accumulation_steps"
-            " eval_batch_size"
+            " eval_batch_size sigma_min"
         )
         for name in positive.split():
             if not getattr(self, name) > 0:
@@ -195,6 +202,8 @@ class TrainingConfig(DataConfig):
             raise ValueError(f"`seed` must not be negative, got {self.seed}.")
         if self.ddpm_beta_schedule == POWER_LAW and not self.beta_min <= self.beta_max:
             raise ValueError(f"`beta_max` {self.beta_max} must not be below `beta_min` {self.beta_min}.")
+        if self.ddpm_beta_schedule == EXPLODING and not self.sigma_min < self.sigma_max:
+            raise ValueError(f"`sigma_max` {self.sigma_max} must be above `sigma_min` {self.sigma_min}.")
         if not 0.5 < self.sa_step_power <= 1:
             raise ValueError(f"`sa_step_power` must lie in (0.5, 1], got {self.sa_step_power}.")
         if not 0 < self.zeta <= 1:

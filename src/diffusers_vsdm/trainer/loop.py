@@ -184,6 +184,7 @@ class Trainer:
             zeta_placement=config.zeta_placement,
             update=config.sa_update,
             prior=config.sa_prior,
+            variance_exploding=self.scheduler.is_variance_exploding,
             num_trajectories=config.sa_trajectories,
             num_steps=config.sa_steps or None,
             batch_size=config.sa_batch_size or None,

@@ -91,13 +91,13 @@ def picture_fidelity(rows: list[dict[str, Any]], measure: str, name: str) -> Ima
     return _as_picture(figure)
 
 
-def picture_drift(lambdas: Tensor, final: Tensor, scale: float, varies: bool = False) -> Image.Image:
-    r"""$\lambda$ (times `scale`) over the stages as Figure 9 of the paper: each dimension, or quantiles of many.
+def picture_drift(lambdas: Tensor, final: Tensor, unit: str = "", varies: bool = False) -> Image.Image:
+    r"""$\lambda$ (times a `unit`) over the stages as Figure 9 of the paper: each dimension, or quantiles of many.
 
     Args:
         lambdas: After each stage, `(stages + 1, *lambda_shape)`.
         final: What it was frozen at.
-        scale: beta_max, or 1.
+        unit: What both were multiplied by, as the axis says it, in TeX.
         varies: Whether the first dimension of a $\lambda$ is time: then the final one is drawn over time.
     """
     one = final[0] if varies else final
@@ -115,7 +115,7 @@ def picture_drift(lambdas: Tensor, final: Tensor, scale: float, varies: bool = F
             axes.axhline(end, color=line.get_color(), linestyle=":", linewidth=1)
         axes.set_xlabel("stage of stochastic approximation")
         axes.legend(title="dotted: average, frozen", fontsize="small", title_fontsize="small")
-    axes.set_ylabel(r"$\lambda$" if scale == 1 else r"$\lambda \, \beta_{\max}$")
+    axes.set_ylabel(rf"$\lambda \, {unit}$" if unit else r"$\lambda$")
     axes.set_ylim(bottom=0)
     return _as_picture(figure)
 

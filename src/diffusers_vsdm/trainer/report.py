@@ -18,7 +18,7 @@ from ..hub.remote_code import write_remote_code
 from ..metrics.transport import straightness, wasserstein2
 from ..pipelines import VSDMPipeline
 from ..schedulers import VSDMScheduler
-from .config import POWER_LAW, TrainingConfig
+from .config import EXPLODING, POWER_LAW, TrainingConfig
 from .loop import TrainingResult
 from .pictures import EVALUATION_SEED, picture_drift, picture_paths, picture_samples, summary
 
@@ -27,6 +27,8 @@ def flow_paths(
     pipeline: VSDMPipeline, num_samples: int, num_steps: int, seed: int = EVALUATION_SEED
 ) -> tuple[Tensor, list[int]]:
     """Euler paths of the probability flow, from the prior to the first training time, in data units.
+
+    The clock is g, or sigma with a table of sigmas (Karras et al. 2022, Algorithm 1), where steps in g are poor.
 
     Args:
         pipeline: A pipeline for vectors; it is left as it is.
@@ -39,7 +41,8 @@ def flow_paths(
     """
     num_train = pipeline.scheduler.config["num_train_timesteps"]
     timesteps = list(range(num_train - 1, 0, -math.ceil((num_train - 1) / num_steps)))
-    scheduler = VSDMScheduler.from_config(pipeline.scheduler.config, solver="euler", final_sigmas_type="sigma_min")
+    solver = "ddim" if pipeline.scheduler.is_variance_exploding else "euler"
+    scheduler = VSDMScheduler.from_config(pipeline.scheduler.config, solver=solver, final_sigmas_type="sigma_min")
     sampler = VSDMPipeline(pipeline.unet, scheduler, pipeline.normalizer)
     sampler.set_progress_bar_config(disable=True)
     generator = torch.Generator(pipeline.unet.device).manual_seed(seed)
@@ -77,7 +80,10 @@ def write_report(config: TrainingConfig, result: TrainingResult) -> dict[str, An
     pipeline, lam = result.pipeline, result.pipeline.scheduler.drift.lam
     pipeline.save_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    scale = config.beta_max if config.ddpm_beta_schedule == POWER_LAW else 1.0
+    scale, unit = {
+        POWER_LAW: (config.beta_max, r"\beta_{\max}"),
+        EXPLODING: (config.sigma_max**2, r"\sigma_{\max}^2"),
+    }.get(config.ddpm_beta_schedule, (1.0, ""))
     metrics: dict[str, Any] = {
         "final_loss": result.final_loss,
         "lambda": summary(lam),
@@ -91,7 +97,7 @@ def write_report(config: TrainingConfig, result: TrainingResult) -> dict[str, An
     if result.likelihood is not None:
         metrics["likelihood"] = result.likelihood
     varies = pipeline.scheduler.drift.num_times is not None
-    pictures = {"drift.png": picture_drift(result.lambdas * scale, lam * scale, scale, varies)}
+    pictures = {"drift.png": picture_drift(result.lambdas * scale, lam * scale, unit, varies)}
     if not config.is_toy:
         pictures["samples.png"] = picture_samples(
             pipeline, config.eval_batch_size, config.ddpm_num_inference_steps or None

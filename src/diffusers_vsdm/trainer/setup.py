@@ -15,7 +15,7 @@ from ..drift import AdaptiveDiagonalDrift
 from ..models import build_model
 from ..models.classes import num_classes as known_classes
 from ..schedulers import VSDMScheduler
-from .config import POWER_LAW, DataConfig, TrainingConfig
+from .config import EXPLODING, POWER_LAW, DataConfig, TrainingConfig
 
 
 # enough for the moments of images: their means and variances are known to 1%
@@ -156,16 +156,19 @@ def build_network(config: TrainingConfig, event_shape: tuple[int, ...], num_clas
 def build_scheduler(
     config: TrainingConfig, event_shape: tuple[int, ...], batches: Iterable[Tensor]
 ) -> tuple[VSDMScheduler, AdaptiveDiagonalDrift]:
-    """The process of a run, and its neutral drift that knows the moments of `batches` (model units)."""
-    settings: dict[str, Any] = {
-        "prior_type": config.prior_type,
-        "solver": config.solver,
-        "clip_sample": not config.is_toy and not config.standardize,
-        "timestep_spacing": "trailing",
-    }
+    r"""The process of a run, and its drift as it starts, which knows the moments of `batches` (model units).
+
+    It starts at $\lambda = 1$. With a table of sigmas it is 0 for the baseline, and starts at $1 / g_T$ where it is
+    learned, since steps on its logarithm cannot leave 0.
+    """
+    settings: dict[str, Any] = {"prior_type": config.prior_type, "solver": config.solver}
+    is_exploding = config.ddpm_beta_schedule == EXPLODING and not config.pretrained_model_name_or_path
+    if not is_exploding:
+        settings |= {"clip_sample": not config.is_toy and not config.standardize, "timestep_spacing": "trailing"}
     prediction_type = config.prediction_type
     if prediction_type == "auto":
-        prediction_type = "v_prediction" if len(event_shape) == 1 else "epsilon"
+        # neither epsilon nor v is a well-scaled task where sigma is large
+        prediction_type = "edm" if is_exploding else "v_prediction" if len(event_shape) == 1 else "epsilon"
     if config.pretrained_model_name_or_path:
         stored = VSDMScheduler.load_config(config.pretrained_model_name_or_path, subfolder="scheduler")
         if stored.get("drift_sha256") is not None:
@@ -173,12 +176,17 @@ def build_scheduler(
                 "`pretrained_model_name_or_path` has a learned drift, and its network belongs to that. Start from a"
                 " model without one, or resume the run that made it."
             )
-        settings.pop("clip_sample")
+        settings.pop("clip_sample", None)
         scheduler = VSDMScheduler.from_config(stored, **settings)
     elif config.ddpm_beta_schedule == POWER_LAW:
         settings["prediction_type"] = prediction_type
         scheduler = VSDMScheduler.from_power_law(
             config.beta_min, config.beta_max, config.beta_power, config.ddpm_num_steps, **settings
+        )
+    elif is_exploding:
+        settings["prediction_type"] = prediction_type
+        scheduler = VSDMScheduler.from_variance_exploding(
+            config.sigma_min, config.sigma_max, num_train_timesteps=config.ddpm_num_steps, **settings
         )
     else:
         scheduler = VSDMScheduler(
@@ -195,5 +203,7 @@ def build_scheduler(
     num_times = len(scheduler) if config.lambda_varies else None
     drift = AdaptiveDiagonalDrift(event_shape, lambda_shape, basis=config.basis, num_times=num_times)
     drift.fit_moments(batches)
+    if scheduler.is_variance_exploding:
+        drift.set_lambda(0.0 if config.baseline == "sgm" else 1 / scheduler.integrated_beta[-1])
     scheduler.set_drift(drift)
     return scheduler, drift

@@ -1,0 +1,230 @@
+"""Which drift is best on images: FID and KID of small models of CIFAR-10, in few network calls and in many.
+
+    python -m benchmarks.images chain --data DATA      # the measure itself: test images against training images
+    python -m benchmarks.images pilot --data DATA      # at 16x16, every method with every beta_max
+    python -m benchmarks.images table --data DATA      # at 32x32, every method with its best beta_max
+    python -m benchmarks.images spectrum --data DATA   # the learned lambda beside the data's spectrum
+
+DATA is a folder with `cifar10/`, the data set as on the Hub; `fid/inception_2015_12_05_features.safetensors`, the
+weights of FID's Inception network; and `fid/cifar10_train_stats.npz`, the statistics of all training images. All runs
+go through `training/train_vsdm.py` and `training/evaluate.py`, one for each core at a time, in `outputs/images/`, and
+what is there is not done again. Writes `benchmarks/results/images_*.json`.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import queue
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .tables import RESULTS, ROOT
+
+
+WORK = ROOT / "outputs" / "images"
+BETA_MAX = (10, 14, 20)
+ZETA = 0.9
+METHODS: dict[str, dict[str, Any]] = {
+    "SGM": {"baseline": "sgm", "basis": "dct"},
+    "VSDM, one": {"basis": "dct", "lambda_per": "all", "zeta": ZETA},
+    "VSDM, per channel": {"lambda_per": "channel", "zeta": ZETA},
+    "VSDM, per pixel": {"zeta": ZETA},
+    "VSDM, per frequency": {"basis": "dct", "zeta": ZETA},
+}
+COMMON = {
+    "random_flip": True,
+    "train_batch_size": 64,
+    "learning_rate": 1e-3,
+    "mixed_precision": "bf16",
+    "sa_stages": 20,
+    "sa_trajectories": 32,
+    "sa_steps": 50,
+    "num_eval_samples": 64,
+}
+PILOT = COMMON | {"resolution": 16, "max_train_steps": 1000}
+PILOT_RUNS, PILOT_IMAGES = ("trig@6", "trig@20"), 500
+# what else could be better than the methods as they are, at one beta_max
+VARIANTS: dict[str, dict[str, Any]] = {
+    "SGM, v": METHODS["SGM"] | {"prediction_type": "v_prediction"},
+    "SGM, edm per pixel": {"baseline": "sgm", "prediction_type": "edm"},
+    "SGM, edm per frequency": METHODS["SGM"] | {"prediction_type": "edm"},
+    "SGM, edm per pixel, log-normal times": {
+        "baseline": "sgm",
+        "prediction_type": "edm",
+        "time_sampling": "log_normal",
+    },
+    "VSDM, per frequency, zeta 0.75": METHODS["VSDM, per frequency"] | {"zeta": 0.75},
+    "VSDM, per frequency, zeta 0.97": METHODS["VSDM, per frequency"] | {"zeta": 0.97},
+}
+VARIANT_BETA_MAX = 14
+TABLE = COMMON | {"max_train_steps": 2000, "ddpm_num_steps": 1000}
+TABLE_RUNS, TABLE_IMAGES = ("trig@6", "trig@10", "trig@20", "trig@35", "euler-maruyama@200"), 2000
+REFERENCE_IMAGES = 2000
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """Of a command line."""
+    return [part for name, value in settings.items() for part in (f"--{name}", *map(str, _several(value)))]
+
+
+def _several(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+def launch(script: str, settings: dict[str, Any], log: Path, core: int) -> None:
+    """A script on one core.
+
+    Raises:
+        RuntimeError: It failed; with the end of its log.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", script]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(log, "a") as file:
+        outcome = subprocess.run(
+            [*command, *flags(settings)],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=file,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+        )
+    if outcome.returncode:
+        raise RuntimeError(log.read_text()[-2000:])
+
+
+def train(name: str, settings: dict[str, Any], data: Path, core: int) -> None:
+    """A model in `outputs/images/NAME`, unless it is there; where it was stopped it goes on."""
+    folder = WORK / name
+    if (folder / "metrics.json").exists():
+        return
+    own = {"train_data_dir": data / "cifar10", "output_dir": folder, "checkpointing_steps": 250}
+    own |= {"checkpoints_total_limit": 1, "overwrite_output_dir": True}
+    if list(folder.glob("checkpoint-*")):
+        own["resume_from_checkpoint"] = "latest"
+    launch("training/train_vsdm.py", settings | own, folder.with_suffix(".log"), core)
+
+
+def measure(name: str, settings: dict[str, Any], data: Path, core: int) -> dict[str, Any]:
+    """The record of that model's evaluation; all models share the features of the reference images."""
+    folder, shared = WORK / name / "fidelity", WORK / f"reference-{settings['resolution']}"
+    shared.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    if not (folder / "reference").exists():
+        (folder / "reference").symlink_to(shared, target_is_directory=True)
+    own = {
+        "pretrained_model_name_or_path": WORK / name,
+        "fidelity": True,
+        "train_data_dir": data / "cifar10",
+        "feature_weights": data / "fid" / "inception_2015_12_05_features.safetensors",
+        "num_reference_images": REFERENCE_IMAGES,
+        "output_dir": folder,
+        "mixed_precision": "bf16",
+    }
+    launch("training/evaluate.py", own | settings, folder.with_suffix(".log"), core)
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def study(
+    name: str, models: dict[str, dict[str, Any]], evaluation: dict[str, Any], data: Path, cores: int
+) -> dict[str, Any]:
+    """Train all models, then measure them; returns the record."""
+    free: queue.Queue[int] = queue.Queue()
+    for core in range(cores):
+        free.put(core)
+
+    def on_a_core(work: Any, *arguments: Any) -> Any:
+        core = free.get()
+        try:
+            return work(*arguments, data, core)
+        finally:
+            free.put(core)
+
+    runs: list[dict[str, Any]] = []
+    places = {model: f"{name}/{slug(model)}" for model in models}
+    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+        list(pool.map(lambda model: on_a_core(train, places[model], models[model]), models))
+        first = next(iter(models))  # makes the reference for all
+        on_a_core(measure, places[first], evaluation)
+        measured = pool.map(lambda model: on_a_core(measure, places[model], evaluation), models)
+        for model, found in zip(models, measured, strict=True):
+            trained = json.loads((WORK / places[model] / "metrics.json").read_text())
+            metrics: dict[str, Any] = {
+                "seconds": trained["metrics"]["seconds"],
+                "lambda": trained["metrics"]["lambda"],
+            }
+            for row in found["metrics"]["runs"]:
+                metrics |= {f"{measure} {row['run']}": row[measure] for measure in ("fid", "kid", "kid_std")}
+            config = {**models[model], **{key: value for key, value in evaluation.items() if key != "statistics"}}
+            runs.append({"name": model, "seed": 0, "metrics": metrics, "config": config})
+            versions = found["versions"]
+    return {
+        "command": f"python -m benchmarks.images {name} --data DATA",
+        "versions": versions,
+        "machine": {"cores": cores, "threads of each": 1},
+        "runs": runs,
+    }
+
+
+def slug(name: str) -> str:
+    """A name for a folder."""
+    return "".join(c if c.isalnum() or c == "." else "-" for c in name).replace("--", "-").lower()
+
+
+def pilot(data: Path, cores: int) -> dict[str, Any]:
+    """Every method with every beta_max, and some variants at one."""
+    models = {
+        f"{name}, {beta_max}": PILOT | settings | {"beta_max": beta_max}
+        for name, settings in METHODS.items()
+        for beta_max in BETA_MAX
+    }
+    models |= {
+        f"{name}, {VARIANT_BETA_MAX}": PILOT | settings | {"beta_max": VARIANT_BETA_MAX}
+        for name, settings in VARIANTS.items()
+    }
+    evaluation = {"resolution": 16, "runs": PILOT_RUNS, "num_images": PILOT_IMAGES, "batch_size": 100}
+    return study("pilot", models, evaluation, data, cores)
+
+
+def best_beta_max() -> dict[str, int]:
+    """Of every method: that with the least KID, averaged over the pilot's runs."""
+    record = json.loads((RESULTS / "images_pilot.json").read_text())
+    found = {run["name"]: run["metrics"] for run in record["runs"]}
+
+    def kid(method: str, beta_max: int) -> float:
+        return sum(found[f"{method}, {beta_max}"][f"kid {run}"] for run in PILOT_RUNS)
+
+    return {method: min(BETA_MAX, key=lambda beta_max: kid(method, beta_max)) for method in METHODS}
+
+
+def table(data: Path, cores: int) -> dict[str, Any]:
+    """Every method with its best beta_max of the pilot."""
+    best = best_beta_max()
+    models = {
+        f"{name}, {best[name]}": TABLE | settings | {"beta_max": best[name]} for name, settings in METHODS.items()
+    }
+    evaluation = {"resolution": 32, "runs": TABLE_RUNS, "num_images": TABLE_IMAGES, "batch_size": 100}
+    evaluation |= {"statistics": data / "fid" / "cifar10_train_stats.npz"}
+    return study("table", models, evaluation, data, cores)
+
+
+STUDIES = {"pilot": pilot, "table": table}
+
+
+def main() -> None:
+    """Run a study and write its record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--data", type=Path, required=True)
+    arguments = parser.parse_args()
+    record = STUDIES[arguments.study](arguments.data.resolve(), os.cpu_count() or 1)
+    (RESULTS / f"images_{arguments.study}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

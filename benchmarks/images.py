@@ -1,6 +1,6 @@
 """Which drift is best on images: FID and KID of small models of CIFAR-10, in few network calls and in many.
 
-    python -m benchmarks.images chain --data DATA      # the measure itself: test images against training images
+    accelerate launch --num_processes 2 -m benchmarks.images chain --data DATA   # test images against training images
     python -m benchmarks.images pilot --data DATA      # at 16x16, every method with every beta_max
     python -m benchmarks.images table --data DATA      # at 32x32, every method with its best beta_max
     python -m benchmarks.images spectrum --data DATA   # the learned lambda beside the data's spectrum
@@ -21,6 +21,14 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from diffusers_vsdm.data.images import load_images
+from diffusers_vsdm.metrics.fidelity import FeatureStatistics, InceptionFeatures, frechet_distance
+from diffusers_vsdm.trainer.fidelity import reference_features
+from diffusers_vsdm.trainer.report import versions
 
 from .tables import RESULTS, ROOT
 
@@ -162,10 +170,9 @@ def study(
                 metrics |= {f"{measure} {row['run']}": row[measure] for measure in ("fid", "kid", "kid_std")}
             config = {**models[model], **{key: value for key, value in evaluation.items() if key != "statistics"}}
             runs.append({"name": model, "seed": 0, "metrics": metrics, "config": config})
-            versions = found["versions"]
     return {
         "command": f"python -m benchmarks.images {name} --data DATA",
-        "versions": versions,
+        "versions": versions(),
         "machine": {"cores": cores, "threads of each": 1},
         "runs": runs,
     }
@@ -213,7 +220,49 @@ def table(data: Path, cores: int) -> dict[str, Any]:
     return study("table", models, evaluation, data, cores)
 
 
-STUDIES = {"pilot": pilot, "table": table}
+def spectrum(data: Path, cores: int) -> None:
+    """The learned lambda of every frequency beside the data's variance there, of the table's model, as a picture."""
+    from matplotlib.figure import Figure
+
+    from diffusers_vsdm import VSDMScheduler
+
+    name = "VSDM, per frequency"
+    folder = WORK / "table" / slug(f"{name}, {best_beta_max()[name]}")
+    drift = VSDMScheduler.from_pretrained(folder, subfolder="scheduler").drift
+    assert drift is not None
+    figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
+    by_variance, by_frequency = figure.subplots(1, 2)
+    i = torch.arange(32.0)
+    radius = torch.hypot(i[:, None], i[None, :]).round()
+    for channel, label in enumerate(("brightness", "second axis of colour", "third axis")):
+        lam, variance = drift.lam[channel], drift.data_variance[channel]
+        by_variance.scatter(variance.flatten(), lam.flatten(), s=3, label=label)
+        means = [float(lam[radius == r].mean()) for r in range(32)]
+        by_frequency.plot(means, label=label)
+    by_variance.set(xscale="log", xlabel="variance of the data", ylabel=r"$\lambda$", ylim=0)
+    by_frequency.set(xlabel="radial frequency", ylabel=r"mean $\lambda$", ylim=0)
+    by_frequency.legend(fontsize="small")
+    figure.savefig(ROOT / "docs" / "images_spectrum.png")
+
+
+def chain(data: Path, cores: int) -> dict[str, Any] | None:
+    """FID of the 10,000 test images against the statistics of the training images, which the literature knows."""
+    features = InceptionFeatures(data / "fid" / "inception_2015_12_05_features.safetensors")
+    images = load_images(str(data / "cifar10"), split="test")
+    found = reference_features(images, len(images), 0, WORK / "test-features", features)
+    if not PartialState().is_main_process:
+        return None
+    statistics = FeatureStatistics.load(data / "fid" / "cifar10_train_stats.npz")
+    statistics.check(found)
+    return {
+        "command": "accelerate launch --num_processes 2 -m benchmarks.images chain --data DATA",
+        "versions": versions(),
+        "fid": frechet_distance(found, statistics),
+        "num_samples": len(found),
+    }
+
+
+STUDIES = {"chain": chain, "pilot": pilot, "table": table, "spectrum": spectrum}
 
 
 def main() -> None:
@@ -223,7 +272,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     arguments = parser.parse_args()
     record = STUDIES[arguments.study](arguments.data.resolve(), os.cpu_count() or 1)
-    (RESULTS / f"images_{arguments.study}.json").write_text(json.dumps(record, indent=1) + "\n")
+    if record is not None:
+        (RESULTS / f"images_{arguments.study}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from PIL import Image
 from safetensors.torch import save_file
 
 from diffusers_vsdm import AdaptiveDiagonalDrift, VSDMPipeline, VSDMScheduler
@@ -17,7 +18,7 @@ from diffusers_vsdm.metrics.fidelity import (
     frechet_distance,
     kernel_distance_and_coverage,
 )
-from diffusers_vsdm.trainer import fidelity
+from diffusers_vsdm.trainer import TrainingConfig, fidelity, loop
 from diffusers_vsdm.trainer.evaluation import EvaluationConfig, evaluate
 from diffusers_vsdm.trainer.fidelity import SamplingRun, as_bytes, measure_fidelity
 from diffusers_vsdm.trainer.shards import load_shards, make_shards
@@ -213,6 +214,38 @@ def test_few_samples_are_told(pipeline, distances, tmp_path):
     report = measure(pipeline, tmp_path)
     assert "FID (10 samples)" in report.table()
     assert fid_name(9_999) == "FID (9,999 samples)" and fid_name(10_000) == "FID"
+
+
+def test_a_small_fid_while_training_changes_nothing_else(distances, monkeypatch, tmp_path):
+    """With images of noise: every picture has its number in the log, and the model is what it is without."""
+    for seed in range(8):
+        pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{seed}.png")
+    monkeypatch.setattr(loop, "InceptionFeatures", lambda *_: Means())
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "layers_per_block": 1}
+    UNet2DModel(4, 3, 3, block_out_channels=(8,), norm_num_groups=4, **blocks).save_config(tmp_path / "network")
+    settings = {"train_data_dir": str(tmp_path / "data"), "dataset_name": "", "output_dir": str(tmp_path / "run")}
+    settings |= {"model_config_name_or_path": str(tmp_path / "network"), "max_train_steps": 6, "baseline": "sgm"}
+    settings |= {"train_batch_size": 4, "validation_steps": 3, "ddpm_num_inference_steps": 2, "eval_batch_size": 2}
+    weights, logged = [], []
+    for more in ({}, {"validation_images": 5}):
+        trainer = loop.Trainer(TrainingConfig(**settings, **more))
+        monkeypatch.setattr(trainer.accelerator, "log", lambda values, step: logged.append((step, values)))
+        weights.append(trainer.train().pipeline.unet.state_dict())
+    found = {step: values["FID (5 samples)"] for step, values in logged if "FID (5 samples)" in values}
+    assert list(found) == [3, 6] and found[3] != found[6]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    FeatureStatistics.of(torch.randn(9, 12), shape="3x8x8").save(tmp_path / "other.npz")
+    with pytest.raises(ValueError, match="another shape"):
+        loop.Trainer(TrainingConfig(**settings, validation_images=5, statistics=str(tmp_path / "other.npz")))
+
+
+@pytest.mark.parametrize("settings", [{"validation_images": 1}, {"validation_steps": 0}, {"dataset_name": "moons"}])
+def test_a_small_fid_needs_pictures(settings):
+    given = {"dataset_name": "uoft-cs/cifar10", "validation_images": 100, "validation_steps": 10} | settings
+    with pytest.raises(ValueError, match="validation_images"):
+        TrainingConfig(**given)
 
 
 # Statistics --------------------------------------------------------------------------------------------------------

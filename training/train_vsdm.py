@@ -27,7 +27,7 @@ def main() -> None:
                 name = config.hub_model_id or folder.resolve().name
                 repo_id = create_repository(name, config.hub_private_repo or None, config.hub_revision or None)
         trainer = Trainer(config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"train_vsdm.py: {error}")
     result = trainer.train()
     if not state.is_main_process:

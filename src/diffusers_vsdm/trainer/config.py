@@ -24,12 +24,16 @@ SCRIPT = "training/train_vsdm.py"
 INCIDENTAL = (
     "output_dir overwrite_output_dir cache_dir num_eval_samples num_eval_steps eval_batch_size"
     " num_likelihood_samples ddpm_num_inference_steps validation_steps logger logging_steps logging_dir"
+    " validation_images statistics feature_weights"
     " checkpointing_steps checkpoints_total_limit resume_from_checkpoint license push_to_hub hub_model_id"
     " hub_private_repo hub_revision hub_tag"
 ).split()
 # of this machine and this run alone: not for others' eyes
 LOCAL = "output_dir overwrite_output_dir cache_dir logging_dir resume_from_checkpoint".split()
-PLACES = ("train_data_dir", "model_config_name_or_path", "pretrained_model_name_or_path")
+PLACES = (
+    *("train_data_dir", "model_config_name_or_path", "pretrained_model_name_or_path"),
+    *("statistics", "feature_weights"),
+)
 BASELINES = ("none", "sgm")
 LAMBDA_PER = ("all", "channel", "element")
 
@@ -152,6 +156,9 @@ class TrainingConfig(DataConfig):
     num_eval_steps: int = setting(99, "Euler steps, at most, of the probability flow for the metrics.")
     validation_steps: int = setting(0, "Steps between two pictures and likelihoods while training; 0 for none.")
     eval_batch_size: int = setting(64, "Images in a picture of samples.")
+    validation_images: int = setting(0, "Images for a FID with each picture while training; 0 for none.")
+    statistics: str = setting("", "File of the data's statistics for it; by default of 10,000 training images.")
+    feature_weights: str = setting("", "Weights of FID's Inception network; by default torch-fidelity downloads them.")
     ddpm_num_inference_steps: int = setting(0, "Steps of the solver for such a picture; 0 for the default, 50.")
     mixed_precision: str = setting("no", "Precision of training, as in Accelerate.", ("no", "fp16", "bf16"))
     channels_last: bool = setting(False, "Keep the channels of images together in memory: often faster in bf16.")
@@ -197,6 +204,11 @@ class TrainingConfig(DataConfig):
             raise ValueError(
                 f"`label_dropout` must lie in (0, 1), got {self.label_dropout}: it trains what samples and simulations"
                 " without a class are made of."
+            )
+        if self.validation_images and (self.is_toy or self.validation_images < 2 or not self.validation_steps):
+            raise ValueError(
+                f"`validation_images` {self.validation_images} must be 0, or at least 2 for images with"
+                " `validation_steps`."
             )
         if self.seed < 0:
             raise ValueError(f"`seed` must not be negative, got {self.seed}.")

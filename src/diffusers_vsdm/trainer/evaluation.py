@@ -15,7 +15,15 @@ from ..objectives import Estimate
 from ..pipelines import VSDMPipeline
 from ..schedulers import VSDMScheduler
 from .config import DataConfig, setting
-from .fidelity import PRECISIONS, FidelityReport, SamplingRun, measure_fidelity, reference_features
+from .fidelity import (
+    PRECISIONS,
+    SMALL_BATCH,
+    FidelityReport,
+    SamplingRun,
+    measure_fidelity,
+    reference_features,
+    shape_name,
+)
 from .pictures import EVALUATION_SEED
 from .setup import build_images
 
@@ -192,7 +200,7 @@ def evaluate_fidelity(config: EvaluationConfig, pipeline: VSDMPipeline, dataset:
             f"The data are {dataset.event_shape}, the model's images {shape}: set `resolution`, `channels`."
         )
     features, folder = InceptionFeatures(config.feature_weights or None, pipeline.unet.device), Path(config.output_dir)
-    about = {"network": features.digest, "shape": "x".join(map(str, shape))}
+    about = {"network": features.digest, "shape": shape_name(shape)}
     reference = statistics = None
     if dataset is not None:
         number = config.num_reference_images
@@ -207,7 +215,7 @@ def evaluate_fidelity(config: EvaluationConfig, pipeline: VSDMPipeline, dataset:
         pipeline,
         [SamplingRun.parse(run) for run in config.runs],
         config.num_images,
-        config.batch_size or 250,
+        config.batch_size or SMALL_BATCH,
         config.seed,
         folder,
         features,

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from ..metrics.fidelity import (
+    ENOUGH,
     FeatureStatistics,
     InceptionFeatures,
     fid_name,
@@ -22,11 +23,12 @@ from ..pipelines import VSDMPipeline
 from ..schedulers import VSDMScheduler
 from ..schedulers.grids import TIME_GRIDS
 from ..solvers import SOLVERS
-from .pictures import picture_grid
+from .pictures import EVALUATION_SEED, picture_grid
 from .shards import load_shards, make_shards
 
 
 SHOWN = 64  # images of a grid
+SMALL_BATCH = 250
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -205,6 +207,46 @@ def measure_fidelity(
     return FidelityReport(rows, num_samples)
 
 
+class SmallFid:
+    """FID of few images, to see a training go on.
+
+    Args:
+        features: The feature network.
+        statistics: Of the data; by default of some of `dataset`.
+        dataset: Images, with batched access.
+        number: Images to sample.
+
+    Raises:
+        ValueError: The statistics are of another network or other images.
+    """
+
+    def __init__(self, features: InceptionFeatures, statistics: FeatureStatistics | None, dataset: Any, number: int):
+        self.features, self.number = features, number
+        if statistics is None:
+            chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(EVALUATION_SEED))
+            batches = chosen[:ENOUGH].split(SMALL_BATCH)
+            images = (as_bytes(dataset.__getitems__(batch.tolist()) / 2 + 0.5) for batch in batches)
+            statistics = FeatureStatistics.of(torch.cat([features(batch) for batch in images]))
+        statistics.check(network=features.digest, shape=shape_name(dataset.event_shape))
+        self.statistics = statistics
+
+    def __call__(self, pipeline: VSDMPipeline, num_steps: int | None = None) -> dict[str, float]:
+        """The FID of a model, under a name that tells the number of samples; the same noise every time."""
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator(pipeline.unet.device).manual_seed(EVALUATION_SEED)
+        found = []
+        for start in range(0, self.number, SMALL_BATCH):
+            size = min(SMALL_BATCH, self.number - start)
+            (images,) = pipeline(size, generator, num_steps, output_type="pt", return_dict=False)
+            found.append(self.features(as_bytes(images)))
+        return {fid_name(self.number): frechet_distance(torch.cat(found), self.statistics)}
+
+
+def shape_name(shape: tuple[int, ...]) -> str:
+    """Of images, as statistics tell it."""
+    return "x".join(map(str, shape))
+
+
 def reference_features(dataset: Any, number: int, seed: int, folder: Path, features: InceptionFeatures) -> Tensor:
     """Features of images of a data set, in pieces that are kept.
 
@@ -224,7 +266,7 @@ def reference_features(dataset: Any, number: int, seed: int, folder: Path, featu
         images = dataset.__getitems__(chosen[first:last])
         return {"features": features(as_bytes(images / 2 + 0.5))}
 
-    size = 250
+    size = SMALL_BATCH
     key = json.dumps([len(dataset), dataset.event_shape, number, seed, features.digest])
     make_shards(folder, key, len(chosen), size, make, "Reference")
     return load_shards(folder, len(chosen), size, "features")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
+from ..metrics.fidelity import FeatureStatistics, InceptionFeatures
 from ..models.classes import class_condition, num_classes
 from ..normalizer import DataNormalizer
 from ..objectives import denoising_score_matching, time_probabilities
@@ -28,6 +29,7 @@ from ..stochastic_approximation import StageOutput, StochasticApproximation
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .evaluation import likelihood_data, measure_likelihood
+from .fidelity import SmallFid
 from .pictures import picture_samples
 from .setup import (
     LabelledDataset,
@@ -147,6 +149,7 @@ class Trainer:
         if config.likelihood_samples:
             source = None if data is None and config.is_toy else dataset
             self.likelihood_data = likelihood_data(config, source, config.likelihood_samples, config.seed)
+        self.fid = self._small_fid(dataset)
         self.network = build_network(config, dataset.event_shape, dataset.num_classes)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
@@ -376,6 +379,8 @@ class Trainer:
                     config.ddpm_num_inference_steps or None,
                 )
                 likelihood = self._likelihood(pipeline)
+                if self.fid is not None:
+                    self.accelerator.log(self.fid(pipeline, config.ddpm_num_inference_steps or None), step=self.step)
             if likelihood is not None:
                 scalars = {f"likelihood/{k}": v for k, v in likelihood.items() if not k.endswith("_evaluations")}
                 self.accelerator.log(scalars, step=self.step)
@@ -386,6 +391,14 @@ class Trainer:
                 form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": np.asarray(picture)[None]}, step=self.step, **form)
         self.accelerator.wait_for_everyone()
+
+    def _small_fid(self, dataset: Any) -> SmallFid | None:
+        config = self.config
+        if not config.validation_images or not self.accelerator.is_main_process:
+            return None
+        features = InceptionFeatures(config.feature_weights or None, self.accelerator.device)
+        statistics = FeatureStatistics.load(config.statistics) if config.statistics else None
+        return SmallFid(features, statistics, dataset, config.validation_images)
 
     @contextlib.contextmanager
     def _averaged_network(self) -> Iterator[torch.nn.Module]:

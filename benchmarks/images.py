@@ -115,7 +115,7 @@ def train(name: str, settings: dict[str, Any], data: Path, core: int) -> None:
     own |= {"checkpoints_total_limit": 1, "overwrite_output_dir": True}
     if list(folder.glob("checkpoint-*")):
         own["resume_from_checkpoint"] = "latest"
-    launch("training/train_vsdm.py", settings | own, folder.with_suffix(".log"), core)
+    launch("training/train_vsdm.py", settings | own, folder.with_name(f"{folder.name}.log"), core)
 
 
 def measure(name: str, settings: dict[str, Any], data: Path, core: int) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def measure(name: str, settings: dict[str, Any], data: Path, core: int) -> dict[
         "output_dir": folder,
         "mixed_precision": "bf16",
     }
-    launch("training/evaluate.py", own | settings, folder.with_suffix(".log"), core)
+    launch("training/evaluate.py", own | settings, folder.with_name(f"{folder.name}.log"), core)
     return json.loads((folder / "metrics.json").read_text())
 
 

@@ -307,6 +307,12 @@ def test_the_likelihood_is_in_the_card_and_measured_again_by_the_command_line(la
     assert f"nll: {again['nll']:.4f} ± {again['nll_standard_error']:.4f}" in outcome.stdout
 
 
+def test_networks_that_are_split_over_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(loop.Accelerator, "distributed_type", loop.DistributedType.FSDP)
+    with pytest.raises(ValueError, match="FSDP.*multi_gpu"):
+        loop.Trainer(tiny())
+
+
 def test_a_likelihood_that_cannot_be_had_costs_no_model(monkeypatch):
     def fail(*_, **__):
         raise FloatingPointError("The solver cannot keep to its tolerances")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
@@ -46,6 +46,7 @@ from .setup import (
 logger = logging.get_logger(__name__)
 
 LOSS_WINDOW = 100
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 FUSED = ("cpu", "cuda", "xpu")  # where AdamW is one kernel
 # of the weights that stages simulate with: the raw ones double the noise of the moments, slower ones lag behind lambda
 STAGE_EMA_DECAY = 0.99
@@ -122,6 +123,11 @@ class Trainer:
             # Accelerate would go on in float32, silently
             raise ValueError(
                 f"`mixed_precision` 'fp16' needs a GPU, not {self.accelerator.device.type!r}: use 'bf16' or 'no'."
+            )
+        if self.accelerator.distributed_type in SHARDING:
+            raise ValueError(
+                f"Accelerate is configured for {self.accelerator.distributed_type.value}, which splits the network: its"
+                " average and its checkpoints here are of whole ones. Use data parallelism (`--multi_gpu`)."
             )
         dataset = build_data(config) if data is None else VectorDataset(data)
         if config.class_conditional and dataset.num_classes is None:

@@ -126,8 +126,8 @@ class Trainer:
             )
         if self.accelerator.distributed_type in SHARDING:
             raise ValueError(
-                f"Accelerate is configured for {self.accelerator.distributed_type.value}, which splits the network: its"
-                " average and its checkpoints here are of whole ones. Use data parallelism (`--multi_gpu`)."
+                f"Accelerate is configured for {self.accelerator.distributed_type.value}, which splits the network,"
+                " but averages and checkpoints here are of whole ones. Use data parallelism (`--multi_gpu`)."
             )
         dataset = build_data(config) if data is None else VectorDataset(data)
         if config.class_conditional and dataset.num_classes is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data import sample_toy
 from ..likelihood import bits_per_dimension
-from ..metrics.fidelity import FeatureStatistics, InceptionFeatures
+from ..metrics.fidelity import FeatureStatistics, InceptionFeatures, fid_name
 from ..objectives import Estimate
 from ..pipelines import VSDMPipeline
 from ..schedulers import VSDMScheduler
@@ -24,7 +24,7 @@ from .fidelity import (
     reference_features,
     shape_name,
 )
-from .pictures import EVALUATION_SEED
+from .pictures import EVALUATION_SEED, picture_fidelity
 from .setup import build_images
 
 
@@ -211,7 +211,7 @@ def evaluate_fidelity(config: EvaluationConfig, pipeline: VSDMPipeline, dataset:
     if config.statistics:
         statistics = FeatureStatistics.load(config.statistics)
         statistics.check(reference, **about)
-    return measure_fidelity(
+    report = measure_fidelity(
         pipeline,
         [SamplingRun.parse(run) for run in config.runs],
         config.num_images,
@@ -224,3 +224,6 @@ def evaluate_fidelity(config: EvaluationConfig, pipeline: VSDMPipeline, dataset:
         config.mixed_precision,
         config.guidance_scale,
     )
+    if report.rows:
+        picture_fidelity(report.rows, "fid", fid_name(report.num_samples)).save(folder / "fid.png")
+    return report

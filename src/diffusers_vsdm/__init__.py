@@ -9,7 +9,7 @@ from .drift import AdaptiveDiagonalDrift
 from .hub.registration import register
 from .models import MLPModel
 from .normalizer import DataNormalizer
-from .pipelines import VSDMPipeline
+from .pipelines import BridgePipeline, VSDMPipeline
 from .schedulers import VSDMScheduler
 from .stochastic_approximation import StochasticApproximation
 
@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveDiagonalDrift",
+    "BridgePipeline",
     "DataNormalizer",
     "MLPModel",
     "StochasticApproximation",
@@ -28,5 +29,5 @@ __all__ = [
 register(
     sys.modules[__name__],
     components=("AdaptiveDiagonalDrift", "DataNormalizer", "MLPModel", "VSDMScheduler"),
-    pipelines=("VSDMPipeline",),
+    pipelines=("BridgePipeline", "VSDMPipeline"),
 )

@@ -1,6 +1,7 @@
 """Pipelines that load and sample as any Diffusers pipeline does."""
 
+from .pipeline_bridge import BridgePipeline
 from .pipeline_vsdm import VSDMPipeline, VSDMPipelineOutput
 
 
-__all__ = ["VSDMPipeline", "VSDMPipelineOutput"]
+__all__ = ["BridgePipeline", "VSDMPipeline", "VSDMPipelineOutput"]

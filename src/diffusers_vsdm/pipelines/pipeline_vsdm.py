@@ -70,13 +70,19 @@ class VSDMPipeline(DiffusionPipeline):
                     " that class cannot use: the network and its noise levels would not match. Use"
                     " `VSDMScheduler.from_config(pipe.scheduler.config, solver=...)`."
                 )
-        # Weights that were just loaded lie in the file's own alignment, and the matrix kernels of a CPU round by it:
-        # without this a model samples differently in the last digit after loading
-        for parameter in unet.parameters():
-            if parameter.data_ptr() % ALIGNMENT:
-                parameter.data = parameter.data.clone()
+        self._align(unet)
         self.register_modules(unet=unet, scheduler=scheduler, normalizer=normalizer)
         self._num_timesteps = 0
+
+    @staticmethod
+    def _align(network: ModelMixin) -> None:
+        """Make a network that was just loaded sample to the last digit as before it was saved.
+
+        Weights lie in the file's own alignment then, and the matrix kernels of a CPU round by it.
+        """
+        for parameter in network.parameters():
+            if parameter.data_ptr() % ALIGNMENT:
+                parameter.data = parameter.data.clone()
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -201,9 +207,7 @@ class VSDMPipeline(DiffusionPipeline):
         calls = self.scheduler.timesteps
         self._num_timesteps = len(calls)
         for index, timestep in enumerate(self.progress_bar(calls)):
-            model_input = self.scheduler.scale_model_input(latents, timestep)
-            model_input = torch.cat([model_input] * 2) if guided else model_input
-            output = self.unet(model_input, timestep, **condition, return_dict=False)[0]
+            output = self._network_output(torch.cat([latents] * 2) if guided else latents, timestep, condition)
             if guided:  # whatever the network predicts, it is affine in eps, and so this guides eps
                 without_class, of_class = output.chunk(2)
                 output = without_class + guidance_scale * (of_class - without_class)
@@ -286,10 +290,13 @@ class VSDMPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return replace(bound, reconstruction=bound.reconstruction - log_volume)
 
-    def _score(self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def _network_output(self, x: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """What the scheduler steps with."""
         model_input = self.scheduler.scale_model_input(x, timesteps).to(self.unet.dtype)
-        condition = class_condition(self.unet, x, class_labels)
-        output = self.unet(model_input, timesteps, **condition, return_dict=False)[0]
+        return self.unet(model_input, timesteps, **condition, return_dict=False)[0]
+
+    def _score(self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        output = self._network_output(x, timesteps, class_condition(self.unet, x, class_labels))
         return self.scheduler.get_score(output.to(x.dtype), timesteps, x)
 
     def _class_labels(self, class_labels: list[int] | Tensor | int | None, number: int) -> Tensor | None:

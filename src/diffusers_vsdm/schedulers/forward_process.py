@@ -169,6 +169,18 @@ class ForwardProcess(DriftOwner):
         eps = self.parameterization.eps(output, x, a, s)
         return basis.from_basis(process.conditional_score(eps, s))
 
+    def shift_score(self, model_output: Tensor, change: Tensor, timesteps: Tensor | int, sample: Tensor) -> Tensor:
+        """The network's output that stands for a score changed by this much; see [`get_score`].
+
+        Args:
+            model_output, change, sample (`Tensor`): Output, change of the score, and $x_t$, `(batch, *event_shape)`.
+            timesteps (`Tensor` or `int`): Training steps, `(batch,)` or one for all.
+        """
+        a, s = self.marginal_scales(sample, timesteps)
+        basis = self.basis(s)
+        _, eps_per_unit = self.parameterization.eps_terms(a, s)
+        return model_output - basis.from_basis(basis.to_basis(change.to(s.dtype)) * s / eps_per_unit)
+
     def fit_moments(self, data: Tensor | Iterable[Tensor], basis: str = "dct") -> None:
         r"""Start from the marginal prior $N(a_T m, a_T^2 v + s_T^2)$ of this data from now on.
 

@@ -26,6 +26,7 @@ from ..objectives import denoising_score_matching, time_probabilities
 from ..pipelines import VSDMPipeline
 from ..schedulers import VSDMScheduler
 from ..stochastic_approximation import StageOutput, StochasticApproximation
+from .averaging import averaged
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .evaluation import likelihood_data, measure_likelihood
@@ -406,19 +407,9 @@ class Trainer:
         statistics = FeatureStatistics.load(config.statistics) if config.statistics else None
         return SmallFid(features, statistics, dataset, config.validation_images)
 
-    @contextlib.contextmanager
-    def _averaged_network(self) -> Iterator[torch.nn.Module]:
+    def _averaged_network(self) -> contextlib.AbstractContextManager[torch.nn.Module]:
         """The network in evaluation, with its averaged weights and without a distributed wrapper."""
-        network = self.network.eval()
-        if self.ema is None:
-            yield network
-        else:
-            parameters = [parameter.detach() for parameter in network.parameters()]
-            raw = [parameter.clone() for parameter in parameters]  # EMAModel would keep them on the host
-            self.ema.copy_to(network.parameters())
-            yield network
-            torch._foreach_copy_(parameters, raw)
-        network.train()
+        return averaged(self.network, self.ema)
 
     def _new_ema(self, decay: float) -> EMAModel | None:
         if not self.config.use_ema:

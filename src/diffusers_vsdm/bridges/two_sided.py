@@ -1,0 +1,138 @@
+r"""A process with networks on both sides (SB-FBSDE), over the Ornstein-Uhlenbeck process of a scheduler.
+
+In the clock $dg = \beta_t dt$, forward and backward in time,
+
+$$ dx = (-\tfrac12 D x + z_f) \, dg + dw , \qquad dx = (-\tfrac12 D x - z_b) \, dg + d\bar w , $$
+
+with $z_f = \nabla \log \psi$ and $z_b = \nabla \log \hat\psi$ at the Schrödinger bridge between data and prior. Where
+both are laws of one process $z_f + z_b = \nabla \log p_t$, and $\frac12 (z_f - z_b) - \frac12 D x$ is the probability
+flow (Eq. 26 of Kaba et al.). $z_f = 0$ is VSDM, with the score for $z_b$; with $D = I$ too, a score-based model.
+
+A step over $h$ holds $z$ and is exact in the linear part: $x' = a x + c z + s \xi$, with $a = e^{-\lambda h/2}$,
+$c = (1 - a) / (\lambda / 2)$ and $s^2 = (1 - a^2) / \lambda$; backwards with $-\lambda$.
+
+References:
+    Chen, Liu, Theodorou (2022), "Likelihood Training of Schrödinger Bridge using Forward-Backward SDEs Theory".
+    Kaba, Shimizu, Ohzeki, Sughiyama (2024), "Schrödinger Bridge Type Diffusion Models as an Extension of Variational
+        Autoencoders".
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .. import process
+from ..schedulers import VSDMScheduler
+
+
+# z at x of shape (n, *event_shape) and training times k of shape (n,); k = -1 is the data
+Policy = Callable[[Tensor, Tensor], Tensor]
+
+
+class TwoSidedProcess:
+    r"""Simulates both directions on a grid of training times.
+
+    Args:
+        scheduler ([`VSDMScheduler`]): The reference: its table, its drift, its basis.
+        forward, backward: $z_f$ and $z_b$; the latter is never asked at k = -1, where there is no noise.
+        num_steps (`int`, *optional*): Steps between data and prior, at most as many as training times, the default.
+
+    Attributes:
+        times: The training times k, `(num_steps + 1,)` whole numbers from -1 up.
+        g: The clock there, float64.
+
+    Raises:
+        ValueError: A rate varies in time, there is no signal at the last time, or too many steps are asked for.
+    """
+
+    def __init__(self, scheduler: VSDMScheduler, forward: Policy, backward: Policy, num_steps: int | None = None):
+        if scheduler.drift is not None and scheduler.drift.num_times is not None:
+            raise ValueError("A lambda for each training time is no reference for a bridge: take one for all.")
+        if not torch.isfinite(scheduler.integrated_beta[-1]):
+            raise ValueError("The reference of a bridge needs a signal at its last training time.")
+        most = len(scheduler)
+        num_steps = most if num_steps is None else num_steps
+        if not 1 <= num_steps <= most:
+            raise ValueError(f"`num_steps` must lie between 1 and the {most} training times, got {num_steps}.")
+        self.scheduler, self.forward, self.backward = scheduler, forward, backward
+        self.times = torch.linspace(-1, most - 1, num_steps + 1, dtype=torch.float64).round().long()
+        table = torch.cat([torch.zeros(1, dtype=torch.float64), scheduler.integrated_beta])
+        self.g = table[self.times + 1]
+
+    def __len__(self) -> int:
+        return len(self.times) - 1
+
+    def coefficients(self, like: Tensor, direction: int) -> tuple[Tensor, Tensor, Tensor]:
+        """$a$, $c$ and $s$ of every step, `(num_steps, *broadcastable)`, on the sample's device.
+
+        Args:
+            like: A sample `(n, *event_shape)`.
+            direction: 1 for forward steps, -1 for backward ones; both in the order of the times.
+        """
+        drift = self.scheduler.drift
+        lam = direction * (self.scheduler.mean_rate if drift is None else drift.lam)
+        h = torch.diff(self.g).reshape(-1, *[1] * lam.ndim)
+        found = process.mean_scale(lam, h), process.variance(lam / 2, h), process.std(lam, h)
+        shape = [len(self), *(lam.shape or [1] * (like.ndim - 1))]
+        a, c, s = (x.expand(len(self), *lam.shape).reshape(shape).to(like.device, like.dtype) for x in found)
+        return a, c, s
+
+    def run(self, start: Tensor, direction: int, generator: torch.Generator | None = None) -> Tensor:
+        """Simulate paths by the SDE; differentiable in the networks.
+
+        Args:
+            start: Samples of the data for `direction` 1, of the prior for -1; `(n, *event_shape)` in model units.
+            direction: 1 forward, -1 backward.
+            generator: Of the noise.
+
+        Returns:
+            The paths in the order of the times, from data to prior, `(num_steps + 1, n, *event_shape)`.
+
+        Raises:
+            FloatingPointError: A path is not finite; the message tells the training time.
+        """
+        a, c, s = self.coefficients(start, direction)
+        basis, policy = self.scheduler.basis(start), self.forward if direction > 0 else self.backward
+        order = range(len(self)) if direction > 0 else range(len(self) - 1, -1, -1)
+        x, path = start, [start]
+        for j in order:
+            k = self.times[j] if direction > 0 else self.times[j + 1]
+            z = policy(x, k.to(x.device).expand(len(x)))
+            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            moved = a[j] * basis.to_basis(x) + c[j] * basis.to_basis(z) + s[j] * basis.to_basis(noise)
+            x = basis.from_basis(moved)
+            if not torch.isfinite(x).all():
+                name = "forward" if direction > 0 else "backward"
+                raise FloatingPointError(f"The {name} paths are not finite after training time {int(k)}.")
+            path.append(x)
+        return torch.stack(path if direction > 0 else path[::-1])
+
+    def log_ratio(self, path: Tensor) -> tuple[Tensor, Tensor]:
+        r"""How much likelier forward steps are than the backward ones between the same points, in nats.
+
+        With $-\log \pi(x_T)$ the mean over forward paths from $x_0$ bounds $-\log p(x_0)$ of the model that takes
+        these backward steps from the prior $\pi$: a variational autoencoder's bound, in discrete time.
+
+        Args:
+            path: Of [`run`], `(num_steps + 1, n, *event_shape)`.
+
+        Returns:
+            The ratio of the first step, which has the data at one end, and that of all others: `(n,)` each.
+        """
+        basis = self.scheduler.basis(path[0])
+        y = basis.to_basis(path)
+        sides = []
+        for direction, policy in ((1, self.forward), (-1, self.backward)):
+            a, c, s = self.coefficients(path[0], direction)
+            start, end = (y[:-1], y[1:]) if direction > 0 else (y[1:], y[:-1])
+            points, times = (path[:-1], self.times[:-1]) if direction > 0 else (path[1:], self.times[1:])
+            z = torch.stack([policy(x, k.to(x.device).expand(len(x))) for x, k in zip(points, times, strict=True)])
+            a, c, s = (x[:, None] for x in (a, c, s))
+            error = (end - a * start - c * basis.to_basis(z)) / s
+            density = -0.5 * error.square() - (s + torch.zeros_like(error)).log() - 0.5 * math.log(2 * math.pi)
+            sides.append(density.flatten(2).sum(2))
+        steps = sides[0] - sides[1]
+        return steps[0], steps[1:].sum(0)

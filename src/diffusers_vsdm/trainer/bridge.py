@@ -1,0 +1,393 @@
+r"""Training networks on both sides (SB-FBSDE), from a trained VSDM or score-based model on.
+
+The model of [`Trainer`], whose forward process is linear, is the start: its score is the first backward half bridge of
+iterative proportional fitting. Then, `alternating`, half bridges take turns (8a and 8b of Chen et al.): the forward
+network is trained on paths of the backward process and the backward network on those of the forward one, by
+
+$$ E \left[ \tfrac12 |z_f + z_b|^2 + \nabla \cdot z \right] , $$
+
+with the divergence of the one that is trained; each is the implicit score matching of Eq. 24 of Kaba et al. `joint`
+minimises Eq. 24 in both networks at once, through simulated paths. It has many minimisers, of which the bridge is the
+one of least control energy $\frac12 \int E |z_f|^2 dg$: `control_energy` weighs that.
+
+References:
+    Chen, Liu, Theodorou (2022), "Likelihood Training of Schrödinger Bridge using Forward-Backward SDEs Theory".
+    De Bortoli, Thornton, Heng, Doucet (2021), "Diffusion Schrödinger Bridge with Applications to Score-Based
+        Generative Modeling": iterative proportional fitting, cached paths.
+    Kaba, Shimizu, Ohzeki, Sughiyama (2024), "Schrödinger Bridge Type Diffusion Models as an Extension of Variational
+        Autoencoders".
+"""
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import ModelMixin
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..bridges.two_sided import Policy, TwoSidedProcess
+from ..data import TOYS, sample_toy
+from ..objectives import implicit_matching
+from ..objectives.divergence import MOST_EXACT, divergence, draw_probe
+from ..pipelines import BridgePipeline, VSDMPipeline
+from .averaging import averaged
+from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from .config import TrainingConfig, setting
+from .loop import train
+from .setup import build_data, build_network
+
+
+OBJECTIVES = ("alternating", "joint")
+FORWARD, BACKWARD = 1, -1
+
+
+@dataclass
+class BridgeConfig(TrainingConfig):
+    """Settings of a run: those of the model to start from, and those of the bridge."""
+
+    baseline: str = setting(
+        "sgm", "Start from `sgm`, lambda frozen at 1, or from a learned one, `none`.", ("none", "sgm")
+    )
+    prior_dataset_name: str = setting("", f"A toy at the other end, instead of the Gaussian prior: {', '.join(TOYS)}.")
+    objective: str = setting("alternating", "Half bridges in turn, or both networks at once.", OBJECTIVES)
+    bridge_stages: int = setting(5, "Pairs of half bridges.")
+    bridge_steps: int = setting(1000, "Gradient steps of each half bridge.")
+    bridge_paths: int = setting(1024, "Simulated paths that are kept and drawn from.")
+    bridge_refresh: int = setting(100, "Gradient steps between new ones.")
+    bridge_num_steps: int = setting(0, "Steps of a path; 0 for all training times.")
+    bridge_learning_rate: float = setting(5e-4, "Learning rate of both networks, falling to 0 over the run.")
+    bridge_ema_decay: float = setting(0.995, "Decay of the averages of their weights, which simulate.")
+    control_energy: float = setting(0.0, "Weight of the control energy in the joint objective.")
+
+    def __post_init__(self) -> None:
+        """Check each setting.
+
+        Raises:
+            ValueError: A setting is out of its range.
+        """
+        super().__post_init__()
+        for name in ("bridge_stages", "bridge_steps", "bridge_paths", "bridge_refresh", "bridge_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        if self.control_energy < 0:
+            raise ValueError(f"`control_energy` must not be negative, got {self.control_energy}.")
+        if self.lambda_varies:
+            raise ValueError("`lambda_varies` gives no reference for a bridge: leave it out.")
+        if self.prior_dataset_name and (self.prior_dataset_name not in TOYS or not self.is_toy):
+            raise ValueError(f"`prior_dataset_name` must be one of {tuple(TOYS)}, and the data a toy too.")
+        if self.prior_dataset_name and self.standardize:
+            raise ValueError("`standardize` is of one data set: leave it out between two.")
+
+
+@dataclass
+class BridgeResult:
+    """What a run leaves behind.
+
+    Attributes:
+        start: The model that it started from.
+        pipeline: The trained pipeline, with averaged weights.
+        losses: Mean loss of the last hundred steps of each half bridge, in the order of training.
+        start_seconds, seconds: Wall time of the training of either.
+    """
+
+    start: VSDMPipeline
+    pipeline: BridgePipeline
+    losses: list[float]
+    start_seconds: float
+    seconds: float
+
+
+@dataclass
+class _Side:
+    """One of the two networks, with what trains it."""
+
+    network: ModelMixin
+    optimizer: torch.optim.Optimizer
+    ema: EMAModel
+
+
+class BridgeTrainer:
+    """One run, from a trained model on.
+
+    Args:
+        config ([`BridgeConfig`]): The settings.
+        start ([`VSDMPipeline`]): The model to start from; its network goes on as the backward one.
+    """
+
+    def __init__(self, config: BridgeConfig, start: VSDMPipeline):
+        self.config, self.folder = config, Path(config.output_dir) / "bridge"
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        set_seed(config.seed)
+        self.data = build_data(config)
+        forward_network = build_network(config, self.data.event_shape, None)
+        self._start_at_zero(forward_network)
+        prior = "data" if config.prior_dataset_name else "gaussian"
+        self.pipeline = BridgePipeline(start.unet, start.scheduler, start.normalizer, forward_network, prior)
+        self.pipeline.to(self.accelerator.device)
+        networks = {FORWARD: forward_network, BACKWARD: start.unet}
+        self.sides = {direction: self._side(network) for direction, network in networks.items()}
+        pipeline = self.pipeline
+        policies = (self._in_precision(pipeline._forward_policy), self._in_precision(pipeline._backward_policy))
+        self.process = TwoSidedProcess(start.scheduler, *policies, config.bridge_num_steps or None)
+        self.generator = torch.Generator(self.accelerator.device)
+        self.half, self.seconds = 0, 0.0
+        self.losses: list[float] = []
+        if config.resume_from_checkpoint:
+            self.load(find_checkpoint(self.folder, config.resume_from_checkpoint))
+
+    @property
+    def num_halves(self) -> int:
+        """Half bridges of the whole run."""
+        return 2 * self.config.bridge_stages
+
+    def train(self) -> BridgePipeline:
+        """Run to the end, with a checkpoint after every half bridge.
+
+        Raises:
+            FloatingPointError: Paths or the loss are not finite; the message names the stage. The last checkpoint is
+                the last that was whole.
+        """
+        config, started = self.config, time.perf_counter() - self.seconds
+        while self.half < self.num_halves:
+            stage, direction = self.half // 2 + 1, FORWARD if self.half % 2 == 0 else BACKWARD
+            try:
+                loss = self._joint() if config.objective == "joint" else self._half_bridge(direction)
+            except FloatingPointError as error:
+                name = (
+                    "joint" if config.objective == "joint" else {FORWARD: "forward", BACKWARD: "backward"}[direction]
+                )
+                raise FloatingPointError(
+                    f"Stage {stage}, {name} networks: {error} Lower `bridge_learning_rate`; the last whole checkpoint"
+                    f" is of half bridge {self.half}."
+                ) from error
+            self.losses.append(loss)
+            self.half += 1
+            self.seconds = time.perf_counter() - started
+            if config.checkpointing_steps:
+                self.save()
+        for side in self.sides.values():
+            side.ema.copy_to(side.network.parameters())
+            side.network.eval()
+        return self.pipeline
+
+    # The algorithm --------------------------------------------------------------------------------------------------
+
+    def _half_bridge(self, direction: int) -> float:
+        """Train one network on paths of the other's process."""
+        config, process = self.config, self.process
+        own, other = (process.forward, process.backward)[::direction]
+        first = 1 if direction == BACKWARD else 0  # the backward network is never asked at the data
+        last = len(process) + first  # and the forward one not at the prior
+        losses: list[Tensor] = []
+        for step, generator in self._steps(f"Half bridge {self.half + 1}/{self.num_halves}"):
+            if step % config.bridge_refresh == 0:
+                paths = self._simulate(-direction, config.bridge_paths)
+            shape = (config.train_batch_size,)
+            draw: dict[str, Any] = {"generator": generator, "device": paths.device}
+            which, at = torch.randint(paths.shape[1], shape, **draw), torch.randint(first, last, shape, **draw)
+            x, k = paths[at, which], process.times.to(paths.device)[at]
+            with torch.no_grad():
+                theirs = self._of_neighbour(other, x, k)
+            probe = draw_probe(x, self._divergence(x), generator)
+            mine, trace = divergence(partial(_at, own, k), x, probe, create_graph=True)
+            loss = (self._weight(direction, x, k) * implicit_matching(theirs, -mine, -trace)).mean()
+            losses = [*losses[-99:], self._descend(loss, direction)]
+        return float(torch.stack(losses).mean())
+
+    def _joint(self) -> float:
+        """Train both networks on forward paths, through the simulation: Eq. 24, and the control energy."""
+        config, process = self.config, self.process
+        widths = torch.diff(process.g).to(self.accelerator.device, torch.float32)
+        log_prior = self.pipeline.scheduler.prior(self.accelerator.device, torch.float32).log_prob
+        losses: list[Tensor] = []
+        for _, generator in self._steps(f"Half bridge {self.half + 1}/{self.num_halves}"):
+            data = self._ends(FORWARD, config.train_batch_size, generator)
+            path = process.run(data, FORWARD, generator)
+            # one time of each path, for the integral
+            at = torch.multinomial(widths, len(data), replacement=True, generator=generator)
+            x, k = path[at + 1, torch.arange(len(data))], process.times.to(path.device)[at + 1]
+            probe = draw_probe(x, self._divergence(x), generator)
+            z_b, trace = divergence(partial(_at, process.backward, k), x, probe, create_graph=True)
+            z_f = process.forward(x, k)
+            matching = implicit_matching(z_f, -z_b, -trace) + 0.5 * config.control_energy * z_f.square().flatten(
+                1
+            ).sum(1)
+            loss = (widths.sum() * matching - log_prior(path[-1])).mean()
+            losses = [*losses[-99:], self._descend(loss, FORWARD, BACKWARD)]
+        return float(torch.stack(losses).mean())
+
+    def _steps(self, name: str) -> Iterator[tuple[int, torch.Generator]]:
+        """Numbered gradient steps of this half bridge, each with its own randomness."""
+        config = self.config
+        done = self.half * config.bridge_steps
+        shift = self.accelerator.process_index * 7_919
+        for step in tqdm(range(config.bridge_steps), name, leave=False, disable=not self.accelerator.is_main_process):
+            self.generator.manual_seed((config.seed + 1) * 1_000_000_007 + (done + step) * 104_729 + shift)
+            progress = (done + step) / (self.num_halves * config.bridge_steps)
+            for side in self.sides.values():
+                side.optimizer.param_groups[0]["lr"] = (
+                    config.bridge_learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+                )
+            yield step, self.generator
+
+    @torch.no_grad()
+    def _simulate(self, direction: int, number: int) -> Tensor:
+        """Paths with the averaged weights."""
+        side = self.sides[direction]
+        with averaged(side.network, side.ema):
+            return self.process.run(self._ends(direction, number, self.generator), direction, self.generator)
+
+    def _of_neighbour(self, policy: Policy, x: Tensor, k: Tensor) -> Tensor:
+        """Of the network that is not trained, with its averaged weights."""
+        side = self.sides[FORWARD if policy is self.process.forward else BACKWARD]
+        with averaged(side.network, side.ema):
+            # there is no score at the data; there the first training time's stands for it
+            return policy(x, k if policy is self.process.forward else k.clamp(min=0))
+
+    def _ends(self, direction: int, number: int, generator: torch.Generator) -> Tensor:
+        """Samples of the data (forward) or of the prior (backward), in model units."""
+        device = self.accelerator.device
+        if direction == BACKWARD and not self.config.prior_dataset_name:
+            return self.pipeline.scheduler.sample_prior((number, *self.data.event_shape), generator, device)
+        if direction == BACKWARD:
+            seed = int(torch.randint(1 << 31, (1,), generator=generator, device=device))
+            return sample_toy(self.config.prior_dataset_name, number, torch.Generator().manual_seed(seed)).to(device)
+        chosen = torch.randint(len(self.data), (number,), generator=generator, device=device).tolist()
+        samples = self.data.__getitems__(chosen).to(device)
+        normalizer = self.pipeline.normalizer
+        return samples if normalizer is None else normalizer.normalize(samples)
+
+    def _weight(self, direction: int, x: Tensor, k: Tensor) -> Tensor | float:
+        """Backward the variance of the noise, so that all times have errors of one size."""
+        if direction == FORWARD:
+            return 1.0
+        _, s = self.pipeline.scheduler.marginal_scales(x, k)
+        return s.square().flatten(1).mean(1)
+
+    @staticmethod
+    def _divergence(x: Tensor) -> str:
+        return "exact" if x[0].numel() <= MOST_EXACT // 16 else "rademacher"
+
+    def _descend(self, loss: Tensor, *directions: int) -> Tensor:
+        """A step of the optimizers of these networks; returns the loss."""
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {float(loss)}.")
+        sides = [self.sides[direction] for direction in directions]
+        for side in sides:
+            side.optimizer.zero_grad()
+        loss.backward()
+        for side in sides:
+            for parameter in side.network.parameters():
+                if parameter.grad is not None and self.accelerator.num_processes > 1:
+                    parameter.grad.copy_(self.accelerator.reduce(parameter.grad, reduction="mean"))
+            torch.nn.utils.clip_grad_norm_(side.network.parameters(), self.config.max_grad_norm)
+            side.optimizer.step()
+            side.ema.step(side.network.parameters())
+        return loss.detach()
+
+    def _side(self, network: ModelMixin) -> _Side:
+        config = self.config
+        network.train()
+        optimizer = torch.optim.AdamW(
+            network.parameters(), config.bridge_learning_rate, weight_decay=config.adam_weight_decay
+        )
+        return _Side(network, optimizer, EMAModel(network.parameters(), config.bridge_ema_decay, foreach=True))
+
+    def _in_precision(self, policy: Policy) -> Policy:
+        def wrapped(x: Tensor, k: Tensor) -> Tensor:
+            with self.accelerator.autocast():
+                return policy(x, k).float()
+
+        return wrapped
+
+    @staticmethod
+    def _start_at_zero(network: ModelMixin) -> None:
+        """A forward network that does nothing yet: the bridge's reference."""
+        *_, last = (m for m in network.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)))
+        with torch.no_grad():
+            for parameter in last.parameters():
+                parameter.zero_()
+
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write `bridge/checkpoint-{half bridge}` on the main process."""
+        tensors: dict[str, Tensor] = {}
+        for name, side in self._named().items():
+            tensors |= {f"{name}.network.{key}": t for key, t in side.network.state_dict().items()}
+            tensors |= {f"{name}.ema.{i}": t for i, t in enumerate(side.ema.shadow_params)}
+            for i, state in side.optimizer.state_dict()["state"].items():
+                tensors |= {f"{name}.optimizer.{i}.{key}": t for key, t in state.items()}
+        numbers = {
+            "config": self.config.identity(),
+            "half": self.half,
+            "losses": self.losses,
+            "seconds": self.seconds,
+            "ema_steps": {name: side.ema.optimization_step for name, side in self._named().items()},
+        }
+        if self.accelerator.is_main_process:
+            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_checkpoint(self.folder, self.half, tensors, numbers, self.config.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint of the same run.
+
+        Raises:
+            ValueError: The checkpoint is damaged, or belongs to a run with other settings.
+        """
+        tensors, numbers = load_checkpoint(path)
+        settings = self.config.identity()
+        changed = sorted(key for key in settings if numbers["config"].get(key) != settings[key])
+        if changed:
+            raise ValueError(f"The checkpoint {path} is of a run with other settings of {', '.join(changed)}.")
+        for name, side in self._named().items():
+            own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+            side.network.load_state_dict(
+                {key.removeprefix("network."): t for key, t in own.items() if key.startswith("network.")}
+            )
+            for i, shadow in enumerate(side.ema.shadow_params):
+                shadow.copy_(own[f"ema.{i}"])
+            side.ema.optimization_step = numbers["ema_steps"][name]
+            state = side.optimizer.state_dict()
+            found: dict[int, dict[str, Tensor]] = {}
+            for key, tensor in own.items():
+                if key.startswith("optimizer."):
+                    _, index, entry = key.split(".")
+                    found.setdefault(int(index), {})[entry] = tensor
+            side.optimizer.load_state_dict(state | {"state": found})
+        self.half, self.losses, self.seconds = numbers["half"], numbers["losses"], numbers["seconds"]
+
+    def _named(self) -> dict[str, _Side]:
+        return {"forward": self.sides[FORWARD], "backward": self.sides[BACKWARD]}
+
+
+def _at(policy: Policy, k: Tensor, x: Tensor) -> Tensor:
+    return policy(x, k)
+
+
+def train_bridge(config: BridgeConfig, start: VSDMPipeline | None = None) -> BridgeResult:
+    """Train a bridge, from `start` if given, else from a model that is trained first.
+
+    Raises:
+        ValueError: The settings do not fit each other or the data.
+        FloatingPointError: Paths or a loss are not finite.
+    """
+    start_seconds = 0.0
+    if start is None:
+        result = train(config)
+        start, start_seconds = result.pipeline, result.seconds
+    network = copy.deepcopy(start.unet)  # goes on, and the start stays what it was
+    trainer = BridgeTrainer(config, VSDMPipeline(network, start.scheduler, start.normalizer))
+    pipeline = trainer.train()
+    return BridgeResult(start, pipeline, trainer.losses, start_seconds, trainer.seconds)

@@ -28,7 +28,7 @@ from .. import process
 from ..schedulers import VSDMScheduler
 
 
-# z at x of shape (n, *event_shape) and training times k of shape (n,); k = -1 is the data
+# z at x of shape (n, *event_shape) and training times k of shape (n,)
 Policy = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -37,7 +37,7 @@ class TwoSidedProcess:
 
     Args:
         scheduler ([`VSDMScheduler`]): The reference: its table, its drift, its basis.
-        forward, backward: $z_f$ and $z_b$; the latter is never asked at k = -1, where there is no noise.
+        forward, backward: $z_f$ and $z_b$. At the data, k = -1, they are asked for what holds at k = 0.
         num_steps (`int`, *optional*): Steps between data and prior, at most as many as training times, the default.
 
     Attributes:
@@ -80,7 +80,7 @@ class TwoSidedProcess:
         a, c, s = (x.expand(len(self), *lam.shape).reshape(shape).to(like.device, like.dtype) for x in found)
         return a, c, s
 
-    def run(self, start: Tensor, direction: int, generator: torch.Generator | None = None) -> Tensor:
+    def run(self, start: Tensor, direction: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Simulate paths by the SDE; differentiable in the networks.
 
         Args:
@@ -89,7 +89,8 @@ class TwoSidedProcess:
             generator: Of the noise.
 
         Returns:
-            The paths in the order of the times, from data to prior, `(num_steps + 1, n, *event_shape)`.
+            The paths in the order of the times, from data to prior, `(num_steps + 1, n, *event_shape)`, and the
+            direction's $z$ along them, but at the data, `(num_steps, n, *event_shape)`.
 
         Raises:
             FloatingPointError: A path is not finite; the message tells the training time.
@@ -97,10 +98,11 @@ class TwoSidedProcess:
         a, c, s = self.coefficients(start, direction)
         basis, policy = self.scheduler.basis(start), self.forward if direction > 0 else self.backward
         order = range(len(self)) if direction > 0 else range(len(self) - 1, -1, -1)
-        x, path = start, [start]
+        x, path, controls = start, [start], []
         for j in order:
             k = self.times[j] if direction > 0 else self.times[j + 1]
-            z = policy(x, k.to(x.device).expand(len(x)))
+            z = self._at(policy, x, k)
+            controls.append(z)
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
             moved = a[j] * basis.to_basis(x) + c[j] * basis.to_basis(z) + s[j] * basis.to_basis(noise)
             x = basis.from_basis(moved)
@@ -108,7 +110,9 @@ class TwoSidedProcess:
                 name = "forward" if direction > 0 else "backward"
                 raise FloatingPointError(f"The {name} paths are not finite after training time {int(k)}.")
             path.append(x)
-        return torch.stack(path if direction > 0 else path[::-1])
+        if direction > 0:
+            controls = [*controls[1:], self._at(policy, x, self.times[-1])]
+        return torch.stack(path[::direction]), torch.stack(controls[::direction])
 
     def log_ratio(self, path: Tensor) -> tuple[Tensor, Tensor]:
         r"""How much likelier forward steps are than the backward ones between the same points, in nats.
@@ -129,10 +133,14 @@ class TwoSidedProcess:
             a, c, s = self.coefficients(path[0], direction)
             start, end = (y[:-1], y[1:]) if direction > 0 else (y[1:], y[:-1])
             points, times = (path[:-1], self.times[:-1]) if direction > 0 else (path[1:], self.times[1:])
-            z = torch.stack([policy(x, k.to(x.device).expand(len(x))) for x, k in zip(points, times, strict=True)])
+            z = torch.stack([self._at(policy, x, k) for x, k in zip(points, times, strict=True)])
             a, c, s = (x[:, None] for x in (a, c, s))
             error = (end - a * start - c * basis.to_basis(z)) / s
             density = -0.5 * error.square() - (s + torch.zeros_like(error)).log() - 0.5 * math.log(2 * math.pi)
             sides.append(density.flatten(2).sum(2))
         steps = sides[0] - sides[1]
         return steps[0], steps[1:].sum(0)
+
+    @staticmethod
+    def _at(policy: Policy, x: Tensor, k: Tensor) -> Tensor:
+        return policy(x, k.clamp(min=0).to(x.device).expand(len(x)))

@@ -5,11 +5,13 @@ References:
     Grathwohl et al. (2019), "FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models".
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 PROBES = ("exact", "gaussian", "rademacher")
@@ -54,7 +56,9 @@ def divergence(
     Returns:
         The values `(batch, *event_shape)`, and the divergences `(batch,)`.
     """
-    with torch.enable_grad():
+    # only the plain kernel of attention can be differentiated twice
+    attention = sdpa_kernel(SDPBackend.MATH) if create_graph else contextlib.nullcontext()
+    with torch.enable_grad(), attention:
         x = x if create_graph and x.requires_grad else x.detach().requires_grad_()
         value = function(x)
 

@@ -74,7 +74,7 @@ class BridgePipeline(VSDMPipeline):
             `(num_steps + 1, batch_size, *event_shape)`.
         """
         x, _ = self._to_model_units(samples, generator)
-        path = self.process(num_steps).run(x, 1, generator)
+        path, _ = self.process(num_steps).run(x, 1, generator)
         self.maybe_free_model_hooks()
         return path[-1], self._to_data_units(path)
 
@@ -104,7 +104,7 @@ class BridgePipeline(VSDMPipeline):
         self._check_prior()
         x, log_volume = self._to_model_units(samples, generator)
         process = self.process()
-        path = process.run(x, 1, generator)
+        path, _ = process.run(x, 1, generator)
         first, others = (part.double().cpu() for part in process.log_ratio(path))
         prior = -self.scheduler.prior().log_prob(path[-1].double().cpu())
         self.maybe_free_model_hooks()

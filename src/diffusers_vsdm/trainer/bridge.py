@@ -25,10 +25,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
@@ -40,8 +40,9 @@ from ..data import TOYS, sample_toy
 from ..objectives import implicit_matching
 from ..objectives.divergence import MOST_EXACT, divergence, draw_probe
 from ..pipelines import BridgePipeline, VSDMPipeline
+from ..schedulers.scheduling_vsdm import PRIORS
 from .averaging import averaged
-from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainingConfig, setting
 from .loop import train
 from .setup import build_data, build_network
@@ -55,9 +56,12 @@ FORWARD, BACKWARD = 1, -1
 class BridgeConfig(TrainingConfig):
     """Settings of a run: those of the model to start from, and those of the bridge."""
 
+    script: ClassVar[str] = "training/train_sb_fbsde.py"
+
     baseline: str = setting(
         "sgm", "Start from `sgm`, lambda frozen at 1, or from a learned one, `none`.", ("none", "sgm")
     )
+    prior_type: str = setting("conditional", "Law at the other end: N(0, s_T^2), or the start's marginal.", PRIORS)
     prior_dataset_name: str = setting("", f"A toy at the other end, instead of the Gaussian prior: {', '.join(TOYS)}.")
     objective: str = setting("alternating", "Half bridges in turn, or both networks at once.", OBJECTIVES)
     bridge_stages: int = setting(5, "Pairs of half bridges.")
@@ -85,6 +89,10 @@ class BridgeConfig(TrainingConfig):
             raise ValueError("`lambda_varies` gives no reference for a bridge: leave it out.")
         if self.prior_dataset_name and (self.prior_dataset_name not in TOYS or not self.is_toy):
             raise ValueError(f"`prior_dataset_name` must be one of {tuple(TOYS)}, and the data a toy too.")
+        if self.push_to_hub:
+            raise ValueError(
+                "`push_to_hub` is not for bridges yet: push what is saved by `pipeline.push_to_hub(name)`."
+            )
         if self.prior_dataset_name and self.standardize:
             raise ValueError("`standardize` is of one data set: leave it out between two.")
 
@@ -142,7 +150,7 @@ class BridgeTrainer:
         self.generator = torch.Generator(self.accelerator.device)
         self.half, self.seconds = 0, 0.0
         self.losses: list[float] = []
-        if config.resume_from_checkpoint:
+        if config.resume_from_checkpoint and list_checkpoints(self.folder):  # or else the start was interrupted
             self.load(find_checkpoint(self.folder, config.resume_from_checkpoint))
 
     @property
@@ -185,22 +193,17 @@ class BridgeTrainer:
     def _half_bridge(self, direction: int) -> float:
         """Train one network on paths of the other's process."""
         config, process = self.config, self.process
-        own, other = (process.forward, process.backward)[::direction]
-        first = 1 if direction == BACKWARD else 0  # the backward network is never asked at the data
-        last = len(process) + first  # and the forward one not at the prior
+        own = process.forward if direction == FORWARD else process.backward
         losses: list[Tensor] = []
         for step, generator in self._steps(f"Half bridge {self.half + 1}/{self.num_halves}"):
             if step % config.bridge_refresh == 0:
-                paths = self._simulate(-direction, config.bridge_paths)
-            shape = (config.train_batch_size,)
-            draw: dict[str, Any] = {"generator": generator, "device": paths.device}
-            which, at = torch.randint(paths.shape[1], shape, **draw), torch.randint(first, last, shape, **draw)
-            x, k = paths[at, which], process.times.to(paths.device)[at]
-            with torch.no_grad():
-                theirs = self._of_neighbour(other, x, k)
+                paths, controls = self._simulate(-direction)
+            draw: dict[str, Any] = {"size": (config.train_batch_size,), "generator": generator, "device": paths.device}
+            which, at = torch.randint(paths.shape[1], **draw), torch.randint(len(process), **draw)
+            x, k = paths[at + 1, which], process.times.to(paths.device)[at + 1]
             probe = draw_probe(x, self._divergence(x), generator)
             mine, trace = divergence(partial(_at, own, k), x, probe, create_graph=True)
-            loss = (self._weight(direction, x, k) * implicit_matching(theirs, -mine, -trace)).mean()
+            loss = (self._weight(x, k) * implicit_matching(controls[at, which], -mine, -trace)).mean()
             losses = [*losses[-99:], self._descend(loss, direction)]
         return float(torch.stack(losses).mean())
 
@@ -211,17 +214,16 @@ class BridgeTrainer:
         log_prior = self.pipeline.scheduler.prior(self.accelerator.device, torch.float32).log_prob
         losses: list[Tensor] = []
         for _, generator in self._steps(f"Half bridge {self.half + 1}/{self.num_halves}"):
-            data = self._ends(FORWARD, config.train_batch_size, generator)
-            path = process.run(data, FORWARD, generator)
+            path, controls = process.run(self._ends(FORWARD, config.train_batch_size), FORWARD, generator)
             # one time of each path, for the integral
-            at = torch.multinomial(widths, len(data), replacement=True, generator=generator)
-            x, k = path[at + 1, torch.arange(len(data))], process.times.to(path.device)[at + 1]
+            at = torch.multinomial(widths, path.shape[1], replacement=True, generator=generator)
+            which = torch.arange(path.shape[1], device=path.device)
+            x, k = path[at + 1, which], process.times.to(path.device)[at + 1]
             probe = draw_probe(x, self._divergence(x), generator)
             z_b, trace = divergence(partial(_at, process.backward, k), x, probe, create_graph=True)
-            z_f = process.forward(x, k)
-            matching = implicit_matching(z_f, -z_b, -trace) + 0.5 * config.control_energy * z_f.square().flatten(
-                1
-            ).sum(1)
+            z_f = controls[at, which]
+            energy = 0.5 * z_f.square().flatten(1).sum(1)
+            matching = implicit_matching(z_f, -z_b, -trace) + config.control_energy * energy
             loss = (widths.sum() * matching - log_prior(path[-1])).mean()
             losses = [*losses[-99:], self._descend(loss, FORWARD, BACKWARD)]
         return float(torch.stack(losses).mean())
@@ -241,21 +243,15 @@ class BridgeTrainer:
             yield step, self.generator
 
     @torch.no_grad()
-    def _simulate(self, direction: int, number: int) -> Tensor:
-        """Paths with the averaged weights."""
+    def _simulate(self, direction: int) -> tuple[Tensor, Tensor]:
+        """Paths with the averaged weights, and the controls along them."""
         side = self.sides[direction]
         with averaged(side.network, side.ema):
-            return self.process.run(self._ends(direction, number, self.generator), direction, self.generator)
+            return self.process.run(self._ends(direction, self.config.bridge_paths), direction, self.generator)
 
-    def _of_neighbour(self, policy: Policy, x: Tensor, k: Tensor) -> Tensor:
-        """Of the network that is not trained, with its averaged weights."""
-        side = self.sides[FORWARD if policy is self.process.forward else BACKWARD]
-        with averaged(side.network, side.ema):
-            # there is no score at the data; there the first training time's stands for it
-            return policy(x, k if policy is self.process.forward else k.clamp(min=0))
-
-    def _ends(self, direction: int, number: int, generator: torch.Generator) -> Tensor:
+    def _ends(self, direction: int, number: int) -> Tensor:
         """Samples of the data (forward) or of the prior (backward), in model units."""
+        generator = self.generator
         device = self.accelerator.device
         if direction == BACKWARD and not self.config.prior_dataset_name:
             return self.pipeline.scheduler.sample_prior((number, *self.data.event_shape), generator, device)
@@ -267,10 +263,8 @@ class BridgeTrainer:
         normalizer = self.pipeline.normalizer
         return samples if normalizer is None else normalizer.normalize(samples)
 
-    def _weight(self, direction: int, x: Tensor, k: Tensor) -> Tensor | float:
-        """Backward the variance of the noise, so that all times have errors of one size."""
-        if direction == FORWARD:
-            return 1.0
+    def _weight(self, x: Tensor, k: Tensor) -> Tensor:
+        """The variance of the noise: $z_b$ is as large as its inverse root, and with it the noise of both losses."""
         _, s = self.pipeline.scheduler.marginal_scales(x, k)
         return s.square().flatten(1).mean(1)
 
@@ -376,8 +370,10 @@ def _at(policy: Policy, k: Tensor, x: Tensor) -> Tensor:
     return policy(x, k)
 
 
-def train_bridge(config: BridgeConfig, start: VSDMPipeline | None = None) -> BridgeResult:
-    """Train a bridge, from `start` if given, else from a model that is trained first.
+def train_bridge(
+    config: BridgeConfig, start: VSDMPipeline | None = None, start_folder: Path | None = None
+) -> BridgeResult:
+    """Train a bridge, from `start` if given, else from a model that is trained first and saved in `start_folder`.
 
     Raises:
         ValueError: The settings do not fit each other or the data.
@@ -387,6 +383,8 @@ def train_bridge(config: BridgeConfig, start: VSDMPipeline | None = None) -> Bri
     if start is None:
         result = train(config)
         start, start_seconds = result.pipeline, result.seconds
+        if start_folder is not None and PartialState().is_main_process:
+            start.save_pretrained(start_folder)
     network = copy.deepcopy(start.unet)  # goes on, and the start stays what it was
     trainer = BridgeTrainer(config, VSDMPipeline(network, start.scheduler, start.normalizer))
     pipeline = trainer.train()

@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from diffusers.optimization import SchedulerType
 
@@ -19,7 +19,6 @@ from ..stochastic_approximation import GRADIENTS, SIMULATION_PRIORS, UPDATES
 
 
 POWER_LAW, EXPLODING = "power_law", "ve"
-SCRIPT = "training/train_vsdm.py"
 # what may differ between the parts of a resumed run
 INCIDENTAL = (
     "output_dir overwrite_output_dir cache_dir num_eval_samples num_eval_steps eval_batch_size"
@@ -66,6 +65,8 @@ class DataConfig:
 @dataclass
 class TrainingConfig(DataConfig):
     """Settings of a run, with the names of Diffusers' `train_unconditional.py` where it has them."""
+
+    script: ClassVar[str] = "training/train_vsdm.py"
 
     output_dir: str = setting("vsdm-model", "Folder for the pipeline, its metrics, pictures and card.")
     overwrite_output_dir: bool = setting(False, "Write into a folder that exists and is not empty.")
@@ -290,7 +291,7 @@ class TrainingConfig(DataConfig):
         default = type(self)().public()
         given = {key: value for key, value in self.public().items() if value != default[key]}
         flags = [f"--{key}" if value is True else f"--{key} {shlex.quote(str(value))}" for key, value in given.items()]
-        return " ".join(["accelerate launch", SCRIPT, *flags])
+        return " ".join(["accelerate launch", self.script, *flags])
 
     def prepare_output_dir(self) -> Path:
         """Make the output folder.

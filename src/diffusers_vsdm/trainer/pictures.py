@@ -120,24 +120,25 @@ def picture_drift(lambdas: Tensor, final: Tensor, unit: str = "", varies: bool =
     return _as_picture(figure)
 
 
-def picture_paths(data: Tensor, paths: Tensor) -> Image.Image:
-    """Data, samples, and some paths of the probability flow, on the same axes.
+def picture_paths(data: Tensor, paths: Tensor, title: str = "probability flow") -> Image.Image:
+    """Data, samples, and some paths to them, on the same axes.
 
     Args:
         data: `(n, d)`.
         paths: `(num_times, n, d)`, from noise to samples.
+        title: What paths they are.
     """
     low, high = (data[:, :2].quantile(q, dim=0).tolist() for q in (0.001, 0.999))
     some = paths[:, :60, :2].numpy()
     figure = _figure(10.5, 3.6)
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
-    for axes, points, title in zip(panels, (data.numpy(), paths[-1].numpy()), ("data", "samples"), strict=False):
+    for axes, points, name in zip(panels, (data.numpy(), paths[-1].numpy()), ("data", "samples"), strict=False):
         axes.scatter(*points[:, :2].T, s=1.5, linewidths=0, color="tab:blue")
-        axes.set_title(title)
+        axes.set_title(name)
     panels[2].plot(some[:, :, 0], some[:, :, 1], color="0.6", linewidth=0.6)
     panels[2].scatter(*some[0].T, s=5, color="tab:orange", label="noise", zorder=2)
     panels[2].scatter(*some[-1].T, s=5, color="tab:blue", label="samples", zorder=3)
-    panels[2].set_title("probability flow")
+    panels[2].set_title(title)
     panels[2].legend(fontsize="small", markerscale=2)
     for limits, least, most in ((panels[0].set_xlim, low[0], high[0]), (panels[0].set_ylim, low[1], high[1])):
         margin = 0.15 * (most - least)

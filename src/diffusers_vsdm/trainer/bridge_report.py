@@ -1,0 +1,95 @@
+"""The output of a bridge's run: pipeline, metrics.json and samples.png."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import sample_toy
+from ..files import write_atomically
+from ..metrics.transport import wasserstein2
+from ..pipelines import BridgePipeline
+from ..schedulers import VSDMScheduler
+from .bridge import BridgeConfig, BridgeResult
+from .pictures import EVALUATION_SEED, picture_paths, picture_samples
+from .report import versions
+
+
+FLOW_STEPS = 50  # of heun
+
+
+def evaluate_bridge(config: BridgeConfig, pipeline: BridgePipeline) -> tuple[dict[str, Any], Tensor]:
+    r"""How far the samples of a bridge of toys are from the data, and what the way there costs.
+
+    Returns:
+        `w2_sde` of the backward SDE over all training times, `w2_ode` of the probability flow in 99 network calls,
+        `w2_forward` of the other end, each with the `..._floor` of two samples of the truth; `control_energy`,
+        $\frac12 \int E |z_f|^2 dg$. W2 is on standardised axes, but between two data sets in their units. And the
+        paths of the SDE, from the prior, `(num_times, n, d)`.
+    """
+    n, standardize = config.num_eval_samples, not config.prior_dataset_name
+    generator = torch.Generator().manual_seed(EVALUATION_SEED)
+
+    def prior() -> Tensor:
+        if config.prior_dataset_name:
+            return sample_toy(config.prior_dataset_name, n, generator)
+        return pipeline.scheduler.sample_prior((n, *pipeline.event_shape), generator)
+
+    def w2(x: Tensor, y: Tensor) -> float:
+        return wasserstein2(x, y, standardize=standardize)
+
+    data, more, start = (
+        sample_toy(config.dataset_name, n, generator),
+        sample_toy(config.dataset_name, n, generator),
+        prior(),
+    )
+    process = pipeline.process()
+    with torch.no_grad():
+        path, _ = process.run(start, -1, generator)
+        paths = pipeline._to_data_units(path).flip(0)
+        x, _ = pipeline._to_model_units(data, None)
+        forward, controls = process.run(x, 1, generator)
+    scheduler = VSDMScheduler.from_config(pipeline.scheduler.config, solver="heun")
+    flow = BridgePipeline(
+        pipeline.unet, scheduler, pipeline.normalizer, pipeline.forward_unet, prior=pipeline.config["prior"]
+    )
+    flow.set_progress_bar_config(disable=True)
+    (by_flow,) = flow(n, generator, FLOW_STEPS, latents=start, output_type="pt", return_dict=False)
+    energy = 0.5 * (torch.diff(process.g) @ controls.double().square().flatten(2).sum(2).mean(1))
+    return {
+        "w2_sde": w2(paths[-1], data),
+        "w2_ode": w2(by_flow, data),
+        "w2_floor": w2(more, data),
+        "w2_forward": w2(forward[-1], start),
+        "w2_forward_floor": w2(prior(), start),
+        "control_energy": float(energy),
+        "num_samples": n,
+    }, paths
+
+
+def write_bridge_report(config: BridgeConfig, result: BridgeResult) -> dict[str, Any]:
+    """Write everything into `config.output_dir`; returns what `metrics.json` holds."""
+    folder, pipeline = Path(config.output_dir), result.pipeline
+    pipeline.to("cpu")
+    pipeline.save_pretrained(folder)
+    metrics: dict[str, Any] = {
+        "losses": result.losses,
+        "seconds": result.seconds,
+        "start_seconds": result.start_seconds,
+        "num_parameters": sum(p.numel() for net in (pipeline.unet, pipeline.forward_unet) for p in net.parameters()),
+    }
+    if config.is_toy and config.num_eval_samples:
+        evaluation, paths = evaluate_bridge(config, pipeline)
+        metrics |= evaluation
+        data = sample_toy(
+            config.dataset_name, config.num_eval_samples, torch.Generator().manual_seed(EVALUATION_SEED + 1)
+        )
+        picture_paths(data, paths, "backward process").save(folder / "samples.png")
+    elif not config.is_toy:
+        steps = config.ddpm_num_inference_steps or None
+        picture_samples(pipeline, config.eval_batch_size, steps).save(folder / "samples.png")
+    record = {"metrics": metrics, "config": config.public(), "command": config.command(), "versions": versions()}
+    write_atomically(folder / "metrics.json", (json.dumps(record, indent=2) + "\n").encode())
+    return record

@@ -16,6 +16,8 @@ from benchmarks.tables import ROOT, documents, render
 from diffusers_vsdm import VSDMPipeline
 from diffusers_vsdm.hub.cards import render_card
 from diffusers_vsdm.trainer import TrainingConfig, train
+from diffusers_vsdm.trainer.bridge import BridgeConfig
+from diffusers_vsdm.trainer.evaluation import EvaluationConfig
 from diffusers_vsdm.trainer.report import evaluate, write_report
 
 
@@ -114,11 +116,18 @@ def test_local_links_lead_somewhere(path):
         assert (path.parent / target).exists(), target
 
 
-def test_every_flag_in_the_docs_exists():
-    known = set(TrainingConfig.__dataclass_fields__) | {"num_processes", "help"}
-    for path in [*documents(), *CARDS, ROOT / "Makefile"]:
-        for line in re.findall(r"train_vsdm\.py((?:[^\n]|\\\n)*)", path.read_text()):
+@pytest.mark.parametrize(
+    "script, config",
+    [("train_vsdm", TrainingConfig), ("train_sb_fbsde", BridgeConfig), ("evaluate", EvaluationConfig)],
+)
+def test_every_flag_in_the_docs_exists(script, config):
+    known = set(config.__dataclass_fields__) | {"num_processes", "help"}
+    lines = 0
+    for path in [*documents(), *CARDS, ROOT / "Makefile", ROOT / "training" / f"{script}.py"]:
+        for line in re.findall(rf"{script}\.py ((?:[^\n]|\\\n)*)", path.read_text()):
             assert set(re.findall(r"--(\w+)", line)) <= known, line
+            lines += 1
+    assert lines > 1
 
 
 @pytest.mark.parametrize("path", CARDS, ids=name)

@@ -242,7 +242,9 @@ def test_parameterizations_invert(name, lam, k):
 
 def test_scaled_input_is_the_sample():
     x = torch.randn(SHAPE)
-    assert VSDMScheduler().scale_model_input(x, 0.0) is x
+    assert VSDMScheduler().scale_model_input(x, 0.0) is x and VSDMScheduler().scale_model_input(x) is x
+    with pytest.raises(ValueError, match="timestep"):
+        VSDMScheduler(prediction_type="edm").scale_model_input(x)
 
 
 @settings(max_examples=40, deadline=None)

@@ -141,16 +141,22 @@ class ForwardProcess(DriftOwner):
         x0, eps = (basis.to_basis(x.to(s.dtype)) for x in (sample, noise))
         return basis.from_basis(PARAMETERIZATIONS["v_prediction"].target(x0, eps, a, s)).to(sample.dtype)
 
-    def scale_model_input(self, sample: Tensor, timestep: int | Tensor) -> Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """What the network sees of $x_t$: the sample itself, but scaled to size 1 for the prediction type `edm`.
 
         Args:
             sample (`Tensor`): $x_t$, `(batch, *event_shape)`.
             timestep (`Tensor` or `int`): Training steps, `(batch,)` or one for all; fractional ones lie between two.
+                Needed for `edm` alone.
+
+        Raises:
+            ValueError: It is needed and not given.
         """
         scale = self.parameterization.input_scale
         if scale is None:
             return sample
+        if timestep is None:
+            raise ValueError("`timestep` is needed to scale the network's input for `prediction_type` 'edm'.")
         a, s = self.marginal_scales(sample, timestep)
         basis = self.basis(s)
         return basis.from_basis(basis.to_basis(sample.to(s.dtype)) * scale(a, s)).to(sample.dtype)

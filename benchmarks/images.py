@@ -43,6 +43,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "VSDM, per pixel": {"zeta": ZETA},
     "VSDM, per frequency": {"basis": "dct", "zeta": ZETA},
 }
+# the same three with EDM's preconditioning in frequencies
+METHODS |= {
+    f"{name}, edm per frequency": METHODS[name] | {"prediction_type": "edm"}
+    for name in ("SGM", "VSDM, one", "VSDM, per frequency")
+}
 COMMON = {
     "random_flip": True,
     "train_batch_size": 64,
@@ -59,12 +64,12 @@ PILOT_RUNS, PILOT_IMAGES = ("trig@6", "trig@20"), 500
 VARIANTS: dict[str, dict[str, Any]] = {
     "SGM, v": METHODS["SGM"] | {"prediction_type": "v_prediction"},
     "SGM, edm per pixel": {"baseline": "sgm", "prediction_type": "edm"},
-    "SGM, edm per frequency": METHODS["SGM"] | {"prediction_type": "edm"},
     "SGM, edm per pixel, log-normal times": {
         "baseline": "sgm",
         "prediction_type": "edm",
         "time_sampling": "log_normal",
     },
+    "SGM, edm per frequency, log-normal times": METHODS["SGM, edm per frequency"] | {"time_sampling": "log_normal"},
     "VSDM, per frequency, zeta 0.75": METHODS["VSDM, per frequency"] | {"zeta": 0.75},
     "VSDM, per frequency, zeta 0.97": METHODS["VSDM, per frequency"] | {"zeta": 0.97},
 }

@@ -126,13 +126,7 @@ def test_images_with_attention(tmp_path):
         pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "data" / f"{seed}.png")
     settings = {"train_data_dir": str(tmp_path / "data"), "dataset_name": "", "standardize": False}
-    settings |= {
-        "train_batch_size": 4,
-        "bridge_stages": 1,
-        "bridge_steps": 2,
-        "bridge_paths": 4,
-        "bridge_num_steps": 3,
-    }
+    settings |= {"train_batch_size": 4, "bridge_stages": 1, "bridge_steps": 2, "bridge_paths": 4}
     result = train_bridge(tiny(max_train_steps=2, bridge_num_steps=3, **settings))
     images = result.pipeline(2, num_inference_steps=3, output_type="np").images
     assert images.shape == (2, 16, 16, 3)

@@ -226,23 +226,23 @@ def table(data: Path, cores: int) -> dict[str, Any]:
 
 
 def spectrum(data: Path, cores: int) -> None:
-    """The learned lambda of every frequency beside the data's variance there, of the table's model, as a picture."""
+    """The learned lambda of every frequency beside the data's variance there, of the pilot's model, as a picture."""
     from matplotlib.figure import Figure
 
     from diffusers_vsdm import VSDMScheduler
 
-    name = "VSDM, per frequency"
-    folder = WORK / "table" / slug(f"{name}, {best_beta_max()[name]}")
+    folder = WORK / "pilot" / slug(f"VSDM, per frequency, {VARIANT_BETA_MAX}")
     drift = VSDMScheduler.from_pretrained(folder, subfolder="scheduler").drift
     assert drift is not None
     figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
     by_variance, by_frequency = figure.subplots(1, 2)
-    i = torch.arange(32.0)
+    size = drift.event_shape[1]
+    i = torch.arange(float(size))
     radius = torch.hypot(i[:, None], i[None, :]).round()
     for channel, label in enumerate(("brightness", "second axis of colour", "third axis")):
         lam, variance = drift.lam[channel], drift.data_variance[channel]
         by_variance.scatter(variance.flatten(), lam.flatten(), s=3, label=label)
-        means = [float(lam[radius == r].mean()) for r in range(32)]
+        means = [float(lam[radius == r].mean()) for r in range(size)]
         by_frequency.plot(means, label=label)
     by_variance.set(xscale="log", xlabel="variance of the data", ylabel=r"$\lambda$", ylim=0)
     by_frequency.set(xlabel="radial frequency", ylabel=r"mean $\lambda$", ylim=0)

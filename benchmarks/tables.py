@@ -363,6 +363,16 @@ TABLES: dict[str, tuple] = {
             "of it reconstruction": each("reconstruction", 3, 1 / (768 * math.log(2))),
         },
     ),
+    "images_pilot": (
+        "images_pilot.json",
+        {
+            "FID (500 samples), 6 calls": each("fid trig@6", 1),
+            "KID x 1000": each("kid trig@6", 1, 1000),
+            "FID (500 samples), 20 calls": each("fid trig@20", 1),
+            "KID x 1000, 20 calls": each("kid trig@20", 1, 1000),
+            "lambda, median": lambda runs: f"{statistics.median(runs[0]['lambda']):.2f}",
+        },
+    ),
     "simulation": ("simulation.json", {"E[score x], x / y": axes("moment", 3)}),
 }
 

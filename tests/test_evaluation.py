@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from diffusers_vsdm import VSDMPipeline, VSDMScheduler
+from diffusers_vsdm import BridgePipeline, MLPModel, VSDMPipeline, VSDMScheduler
 from diffusers_vsdm.trainer.evaluation import EvaluationConfig, evaluate, measure_likelihood
 
 
@@ -76,6 +76,19 @@ def test_batches_make_one_mean():
 def test_what_is_missing_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
         EvaluationConfig(**settings)
+
+
+def test_a_bridge_is_evaluated_with_both_networks(tmp_path):
+    plain = VSDMPipeline.from_pretrained("model_cards/spiral-8y")
+    torch.manual_seed(0)
+    bridge = BridgePipeline(plain.unet, plain.scheduler, plain.normalizer, forward_unet=MLPModel(2, 100, 16, 1))
+    bridge.save_pretrained(tmp_path)
+    settings = {"likelihood": True, "dataset_name": "spiral-8y", "num_samples": 8}
+    found, without = (
+        evaluate(EvaluationConfig(pretrained_model_name_or_path=source, **settings))["nll"]
+        for source in (str(tmp_path), "model_cards/spiral-8y")
+    )
+    assert abs(found - without) > 1e-3
 
 
 def test_data_that_are_not_the_models(model):

@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusers_vsdm import AdaptiveDiagonalDrift, VSDMPipeline, VSDMScheduler
+from diffusers_vsdm import AdaptiveDiagonalDrift, BridgePipeline, VSDMPipeline, VSDMScheduler
 from diffusers_vsdm.metrics.fidelity import (
     FeatureStatistics,
     InceptionFeatures,
@@ -197,6 +197,20 @@ def test_guidance_needs_classes(pipeline, distances, tmp_path):
         measure(pipeline, tmp_path, guidance_scale=2.0)
 
 
+def test_a_bridge_samples_with_both_networks(pipeline, distances, tmp_path):
+    forward = UNet2DModel.from_config(pipeline.unet.config)
+    bridge = BridgePipeline(pipeline.unet, pipeline.scheduler, forward_unet=forward)
+    plain, both = (
+        measure(p, tmp_path / name).rows[0]["fid"] for name, p in {"plain": pipeline, "both": bridge}.items()
+    )
+    assert plain != both
+    with torch.no_grad():
+        next(forward.parameters()).add_(1.0)
+    with pytest.raises(ValueError, match="another model"):
+        measure(bridge, tmp_path / "both")
+    assert bridge.scheduler is pipeline.scheduler
+
+
 def test_samples_that_are_not_finite_name_their_run(pipeline, distances, tmp_path):
     with torch.no_grad():
         next(pipeline.unet.parameters()).fill_(torch.nan)
@@ -381,6 +395,7 @@ GIVEN = {"pretrained_model_name_or_path": "x", "fidelity": True, "statistics": "
     "settings, message",
     [
         ({"output_dir": ""}, "output_dir"),
+        ({"dataset_name": "moons"}, "toy"),
         ({"statistics": ""}, "train_data_dir"),
         ({"save_statistics": "t.npz"}, "train_data_dir"),
         ({"runs": ["heun"]}, "runs"),

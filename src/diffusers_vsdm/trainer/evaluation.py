@@ -12,7 +12,7 @@ from ..data import sample_toy
 from ..likelihood import bits_per_dimension
 from ..metrics.fidelity import FeatureStatistics, InceptionFeatures, fid_name
 from ..objectives import Estimate
-from ..pipelines import VSDMPipeline
+from ..pipelines import BridgePipeline, VSDMPipeline
 from ..schedulers import VSDMScheduler
 from .config import DataConfig, setting
 from .fidelity import (
@@ -73,6 +73,8 @@ class EvaluationConfig(DataConfig):
             raise ValueError("There is nothing to evaluate: pass --likelihood or --fidelity.")
         if not has_data and (self.likelihood or not self.statistics or self.save_statistics):
             raise ValueError("`dataset_name` or `train_data_dir` is missing: name the data to evaluate on.")
+        if self.fidelity and self.is_toy:
+            raise ValueError(f"FID is for images, and `dataset_name` {self.dataset_name!r} is a toy.")
         if self.fidelity and not self.output_dir:
             raise ValueError("`output_dir` is missing: samples are kept there, so that an interrupted run can go on.")
         for name in ("num_samples", "num_images", "num_reference_images"):
@@ -167,7 +169,9 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         FloatingPointError: Samples are not finite.
     """
     state = PartialState()
-    pipeline = VSDMPipeline.from_pretrained(config.pretrained_model_name_or_path)
+    source = config.pretrained_model_name_or_path
+    is_bridge = VSDMPipeline.load_config(source).get("_class_name") == BridgePipeline.__name__
+    pipeline = (BridgePipeline if is_bridge else VSDMPipeline).from_pretrained(source)
     if not isinstance(pipeline.scheduler, VSDMScheduler):
         pipeline.scheduler = VSDMScheduler.from_config(pipeline.scheduler.config)
     pipeline.to(state.device)

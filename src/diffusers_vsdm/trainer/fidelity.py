@@ -1,5 +1,6 @@
 """How good a model's images are: samples by several solvers in several numbers of network calls, and their FID."""
 
+import copy
 import hashlib
 import json
 import re
@@ -98,7 +99,7 @@ def as_bytes(images: Tensor) -> Tensor:
 def digest(pipeline: VSDMPipeline) -> str:
     """Of all that a sample depends on: weights, scheduler with its drift, normalizer."""
     found = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
-    for part in (pipeline.unet, pipeline.normalizer):
+    for part in (pipeline.unet, pipeline.normalizer, getattr(pipeline, "forward_unet", None)):
         for name, tensor in sorted(({} if part is None else part.state_dict()).items()):
             found.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
@@ -172,7 +173,8 @@ def measure_fidelity(
 
     rows = []
     for run in runs:
-        sampler = VSDMPipeline(pipeline.unet, run.scheduler(pipeline.scheduler), pipeline.normalizer)
+        sampler = copy.copy(pipeline)  # with the same networks
+        sampler.scheduler = run.scheduler(pipeline.scheduler)
         sampler.set_progress_bar_config(disable=True)
         sampler.scheduler.set_timesteps(run.num_steps)
         evaluations = len(sampler.scheduler.timesteps)

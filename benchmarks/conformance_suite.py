@@ -50,8 +50,8 @@ class TestOurPipelineAsDDPMPipeline(_Swapped, ddpm_pipeline.DDPMPipelineFastTest
     swapped = {"DDPMScheduler": VSDMScheduler, "DDPMPipeline": VSDMPipeline}
 
 
-def components(neutral_drift: bool) -> dict:
-    """A small pipeline."""
+def components(ours: bool) -> dict:
+    """A small pipeline; for our own class with classes, which guidance needs, and a neutral drift."""
     torch.manual_seed(0)
     unet = UNet2DModel(
         block_out_channels=(4, 8),
@@ -62,16 +62,18 @@ def components(neutral_drift: bool) -> dict:
         out_channels=3,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=4 if ours else None,
     )
     scheduler = VSDMScheduler()
-    if neutral_drift:
+    if ours:
         scheduler.set_drift(AdaptiveDiagonalDrift((3, 8, 8)))
     return {"unet": unet, "scheduler": scheduler}
 
 
-def inputs(generator: torch.Generator, output_type: str) -> dict:
+def inputs(generator: torch.Generator, output_type: str, ours: bool) -> dict:
     """Arguments of a call."""
-    return {"batch_size": 1, "generator": generator, "num_inference_steps": 2, "output_type": output_type}
+    arguments = {"batch_size": 1, "generator": generator, "num_inference_steps": 2, "output_type": output_type}
+    return arguments | ({"class_labels": 1} if ours else {})
 
 
 class _Old(old.PipelineTesterMixin):
@@ -80,7 +82,7 @@ class _Old(old.PipelineTesterMixin):
     required_optional_params = old.PipelineTesterMixin.required_optional_params - {"num_images_per_prompt"}
 
     def get_dummy_inputs(self, device, seed=0):
-        return inputs(torch.Generator(device).manual_seed(seed), "np")
+        return inputs(torch.Generator(device).manual_seed(seed), "np", self.pipeline_class is VSDMPipeline)
 
 
 class TestOldMixin(_Old, unittest.TestCase):
@@ -119,4 +121,4 @@ class TestNewMixin(new.BasePipelineTesterConfig, new.PipelineTesterMixin):
 
     def get_dummy_inputs(self):
         """Torch outputs, as the mixin wants."""
-        return inputs(self.get_generator(0), "pt")
+        return inputs(self.get_generator(0), "pt", True)

@@ -112,6 +112,37 @@ def test_guidance_is_the_combination_by_hand(solver, prediction_type, scale):
     assert (actual - pipeline(2, generator(), **arguments).samples).abs().max() > 0.01
 
 
+def test_a_callback_may_change_the_guidance():
+    """As in Diffusers, by `_guidance_scale`: from the next step on."""
+    pipeline, arguments = conditional(), {"num_inference_steps": 2, "output_type": "latent", "class_labels": 1}
+    paths = {}
+    for scale in (1.0, 3.0):
+        start = torch.Generator().manual_seed(0)
+        _, paths[scale] = pipeline(
+            2, start, guidance_scale=scale, **arguments, return_trajectory=True, return_dict=False
+        )
+
+    def rise(pipe, index, timestep, tensors):
+        pipe._guidance_scale = 3.0
+        return tensors
+
+    (changed,) = pipeline(
+        2, torch.Generator().manual_seed(0), callback_on_step_end=rise, **arguments, return_dict=False
+    )
+    assert pipeline.guidance_scale == 3.0 and pipeline.do_classifier_free_guidance
+    (expected,) = pipeline(
+        2,
+        latents=paths[1.0][1],
+        timesteps=[0],
+        guidance_scale=3.0,
+        output_type="latent",
+        class_labels=1,
+        return_dict=False,
+    )
+    assert not torch.equal(changed, paths[1.0][-1]) and not torch.equal(changed, paths[3.0][-1])
+    torch.testing.assert_close(changed, expected)
+
+
 @pytest.mark.parametrize(
     "given, seen",
     [

@@ -73,6 +73,7 @@ class VSDMPipeline(DiffusionPipeline):
         self._align(unet)
         self.register_modules(unet=unet, scheduler=scheduler, normalizer=normalizer)
         self._num_timesteps = 0
+        self._guidance_scale = 1.0
 
     @staticmethod
     def _align(network: ModelMixin) -> None:
@@ -105,6 +106,16 @@ class VSDMPipeline(DiffusionPipeline):
     def num_timesteps(self) -> int:
         """Network calls of the current run, for callbacks."""
         return self._num_timesteps
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the current run; a callback may change `_guidance_scale` while it goes on, as in Diffusers."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the next step asks the network for samples without a class too."""
+        return self._guidance_scale != 1
 
     @torch.no_grad()
     def __call__(
@@ -174,8 +185,8 @@ class VSDMPipeline(DiffusionPipeline):
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
         labels = self._class_labels(class_labels, batch_size)
-        guided = guidance_scale != 1
-        if guided and labels is None:
+        self._guidance_scale = guidance_scale
+        if self.do_classifier_free_guidance and labels is None:
             raise ValueError(
                 f"`guidance_scale` {guidance_scale} guides towards classes, and no `class_labels` are given: pass them,"
                 " or leave it at 1."
@@ -200,17 +211,18 @@ class VSDMPipeline(DiffusionPipeline):
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if takes_generator else {}
         condition = class_condition(self.unet, latents, labels)
-        if guided:
-            without = class_condition(self.unet, latents)
-            condition = {name: torch.cat([without[name], condition[name]]) for name in condition}
+        without = class_condition(self.unet, latents)
+        both = {name: torch.cat([without[name], condition[name]]) for name in condition}
         trajectory = [latents] if return_trajectory else []
         calls = self.scheduler.timesteps
         self._num_timesteps = len(calls)
         for index, timestep in enumerate(self.progress_bar(calls)):
-            output = self._network_output(torch.cat([latents] * 2) if guided else latents, timestep, condition)
-            if guided:  # whatever the network predicts, it is affine in eps, and so this guides eps
-                without_class, of_class = output.chunk(2)
-                output = without_class + guidance_scale * (of_class - without_class)
+            if self.do_classifier_free_guidance and labels is not None:
+                without_class, of_class = self._network_output(torch.cat([latents] * 2), timestep, both).chunk(2)
+                # whatever the network predicts, it is affine in eps, and so this guides eps
+                output = without_class + self.guidance_scale * (of_class - without_class)
+            else:
+                output = self._network_output(latents, timestep, condition)
             latents = self.scheduler.step(output, timestep, latents, **step_kwargs, return_dict=False)[0]
             if callback_on_step_end is not None:
                 tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}

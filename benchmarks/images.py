@@ -126,6 +126,8 @@ def train(name: str, settings: dict[str, Any], data: Path, core: int) -> None:
 def measure(name: str, settings: dict[str, Any], data: Path, core: int) -> dict[str, Any]:
     """The record of that model's evaluation; all models share the features of the reference images."""
     folder, shared = WORK / name / "fidelity", WORK / f"reference-{settings['resolution']}"
+    if (folder / "metrics.json").exists():
+        return json.loads((folder / "metrics.json").read_text())
     shared.mkdir(parents=True, exist_ok=True)
     folder.mkdir(exist_ok=True)
     if not (folder / "reference").exists():

@@ -167,6 +167,15 @@ def test_pieces_of_another_model_are_refused(pipeline, distances, tmp_path):
         measure(pipeline, tmp_path)
 
 
+def test_the_digest_does_not_depend_on_what_diffusers_notes(pipeline):
+    """Which keys were not given: a list in the order of a set, and so another one in another process."""
+    before = fidelity.digest(pipeline)
+    notes = pipeline.scheduler.config["_use_default_values"]
+    assert len(notes) > 1
+    pipeline.scheduler.register_to_config(_use_default_values=notes[::-1])
+    assert fidelity.digest(pipeline) == before
+
+
 def test_runs_start_from_the_same_noise(pipeline, distances, tmp_path):
     """So that solvers are compared on the same samples: in many calls they agree."""
     measure(pipeline, tmp_path, ("ddim@20", "dpmsolver++:2@20"), number=4)

@@ -98,7 +98,9 @@ def as_bytes(images: Tensor) -> Tensor:
 
 def digest(pipeline: VSDMPipeline) -> str:
     """Of all that a sample depends on: weights, scheduler with its drift, normalizer."""
-    found = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
+    # without Diffusers' own notes, one of which lists keys in the order of a set
+    settings = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for part in (pipeline.unet, pipeline.normalizer, getattr(pipeline, "forward_unet", None)):
         for name, tensor in sorted(({} if part is None else part.state_dict()).items()):
             found.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())

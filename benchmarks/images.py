@@ -1,6 +1,6 @@
 """Which drift is best on images: FID and KID of small models of CIFAR-10, in few network calls and in many.
 
-    accelerate launch --num_processes 2 -m benchmarks.images chain --data DATA   # test images against training images
+    torchrun --nproc_per_node 2 -m benchmarks.images chain --data DATA   # test images against training images
     python -m benchmarks.images pilot --data DATA      # at 16x16, every method with every beta_max
     python -m benchmarks.images table --data DATA      # at 32x32, every method with its best beta_max
     python -m benchmarks.images spectrum --data DATA   # the learned lambda beside the data's spectrum
@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from diffusers_vsdm.data.images import load_images
 from diffusers_vsdm.metrics.fidelity import FeatureStatistics, InceptionFeatures, frechet_distance
 from diffusers_vsdm.trainer.fidelity import reference_features
+from diffusers_vsdm.trainer.processes import process_state
 from diffusers_vsdm.trainer.report import versions
 
 from .tables import RESULTS, ROOT
@@ -257,12 +257,12 @@ def chain(data: Path, cores: int) -> dict[str, Any] | None:
     features = InceptionFeatures(data / "fid" / "inception_2015_12_05_features.safetensors")
     images = load_images(str(data / "cifar10"), split="test")
     found = reference_features(images, len(images), 0, WORK / "test-features", features)
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return None
     statistics = FeatureStatistics.load(data / "fid" / "cifar10_train_stats.npz")
     statistics.check(found)
     return {
-        "command": "accelerate launch --num_processes 2 -m benchmarks.images chain --data DATA",
+        "command": "torchrun --nproc_per_node 2 -m benchmarks.images chain --data DATA",
         "versions": versions(),
         "fid": frechet_distance(found, statistics),
         "num_samples": len(found),

@@ -1,6 +1,9 @@
 """FID and its kin, and the pieces in which `training/evaluate.py` samples."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +207,50 @@ def test_classes_take_turns_and_may_be_guided(distances, tmp_path):
 def test_guidance_needs_classes(pipeline, distances, tmp_path):
     with pytest.raises(ValueError, match="guidance_scale"):
         measure(pipeline, tmp_path, guidance_scale=2.0)
+
+
+TWO_PROCESSES = """
+import json, os, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from diffusers_vsdm.trainer import evaluation, fidelity
+from tests.test_fidelity import Means
+evaluation.InceptionFeatures = lambda *_: Means()
+fidelity.frechet_distance = lambda features, statistics: float(features.mean())
+config = evaluation.EvaluationConfig(
+    pretrained_model_name_or_path={model!r}, fidelity=True, statistics={statistics!r}, output_dir=sys.argv[1],
+    num_images=10, batch_size=3, runs=["ddpm@4"],
+)
+made, write = [], fidelity.make_shards
+def counting(folder, key, number, size, make, description):
+    write(folder, key, number, size, lambda first, last: made.append(first) or make(first, last), description)
+fidelity.make_shards = counting
+record = evaluation.evaluate(config)
+rank = os.environ.get("RANK", "0")
+Path(sys.argv[1], f"rank-{{rank}}.json").write_text(json.dumps([made, record.get("runs")]))
+"""
+
+
+def test_processes_share_the_pieces(pipeline, tmp_path):
+    """Two of them, by torchrun: each makes its half, and the samples are those of one."""
+    pipeline.save_pretrained(tmp_path / "model")
+    FeatureStatistics.of(torch.randn(9, 12)).save(tmp_path / "statistics.npz")
+    root = Path(__file__).parents[1]
+    names = {"root": str(root), "model": str(tmp_path / "model"), "statistics": str(tmp_path / "statistics.npz")}
+    (tmp_path / "script.py").write_text(TWO_PROCESSES.format(**names))
+    environment = os.environ | {"PYTHONPATH": str(root / "src"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    for number in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
+        command += [str(tmp_path / "script.py"), str(tmp_path / f"out-{number}")]
+        outcome = subprocess.run(command, env=environment, capture_output=True, timeout=60)
+        assert outcome.returncode == 0, outcome.stderr.decode()[-2000:]
+    found = [json.loads((tmp_path / "out-2" / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    (alone,) = [json.loads((tmp_path / "out-1" / "rank-0.json").read_text())]
+    assert [made for made, _ in found] == [[0, 6], [3, 9]] and alone[0] == [0, 3, 6, 9]
+    assert found[0][1] == alone[1] and found[1][1] is None
+    for name in ("images", "features"):
+        one, two = (load_shards(tmp_path / f"out-{n}" / "samples" / "ddpm@4", 10, 3, name) for n in (1, 2))
+        assert torch.equal(one, two)
 
 
 def test_a_bridge_samples_with_both_networks(pipeline, distances, tmp_path):

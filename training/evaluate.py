@@ -14,11 +14,11 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from diffusers_vsdm.files import write_atomically
 from diffusers_vsdm.trainer.evaluation import EvaluationConfig, evaluate
+from diffusers_vsdm.trainer.processes import process_state
 from diffusers_vsdm.trainer.report import versions
 
 
@@ -29,7 +29,7 @@ def main() -> None:
         metrics = evaluate(config)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"evaluate.py: {error}")
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return
     for name, value in metrics.items():
         if not name.endswith("_standard_error") and name not in ("runs", "table"):

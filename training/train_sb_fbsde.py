@@ -10,17 +10,17 @@ folder holds the pipeline, `metrics.json` and `samples.png`.
 import sys
 from pathlib import Path
 
-from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from diffusers_vsdm import VSDMPipeline
 from diffusers_vsdm.trainer.bridge import BridgeConfig, train_bridge
 from diffusers_vsdm.trainer.bridge_report import write_bridge_report
+from diffusers_vsdm.trainer.processes import process_state
 
 
 def main() -> None:
     """Parse the command line, train, and report on the main process."""
-    state = PartialState()
+    state = process_state()
     try:
         (config,) = HfArgumentParser(BridgeConfig, description=__doc__).parse_args_into_dataclasses()
         if state.is_main_process:

@@ -8,17 +8,17 @@ so does a repository on the Hub.
 
 import sys
 
-from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from diffusers_vsdm.hub.publishing import create_repository, publish
 from diffusers_vsdm.trainer import Trainer, TrainingConfig
+from diffusers_vsdm.trainer.processes import process_state
 from diffusers_vsdm.trainer.report import write_report
 
 
 def main() -> None:
     """Parse the command line, train, and report on the main process."""
-    state = PartialState()
+    state = process_state()
     try:
         (config,) = HfArgumentParser(TrainingConfig, description=__doc__).parse_args_into_dataclasses()
         if state.is_main_process:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
@@ -45,6 +45,7 @@ from .averaging import averaged
 from .checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainingConfig, setting
 from .loop import train
+from .processes import process_state
 from .setup import build_data, build_network
 
 
@@ -134,6 +135,7 @@ class BridgeTrainer:
 
     def __init__(self, config: BridgeConfig, start: VSDMPipeline):
         self.config, self.folder = config, Path(config.output_dir) / "bridge"
+        process_state()
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         set_seed(config.seed)
         self.data = build_data(config)
@@ -383,7 +385,7 @@ def train_bridge(
     if start is None:
         result = train(config)
         start, start_seconds = result.pipeline, result.seconds
-        if start_folder is not None and PartialState().is_main_process:
+        if start_folder is not None and process_state().is_main_process:
             start.save_pretrained(start_folder)
     network = copy.deepcopy(start.unet)  # goes on, and the start stays what it was
     trainer = BridgeTrainer(config, VSDMPipeline(network, start.scheduler, start.normalizer))

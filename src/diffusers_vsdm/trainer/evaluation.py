@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from ..data import sample_toy
@@ -25,6 +24,7 @@ from .fidelity import (
     shape_name,
 )
 from .pictures import EVALUATION_SEED, picture_fidelity
+from .processes import process_state
 from .setup import build_images
 
 
@@ -160,7 +160,7 @@ def measure_likelihood(
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
-    """Evaluate a saved pipeline; returns the record, on the main process.
+    """Evaluate a saved pipeline; returns the record, which is empty on other processes than the main one.
 
     Raises:
         ValueError: The data cannot be had, or do not fit the model or the statistics.
@@ -168,7 +168,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         ImportError: A library that this needs is not installed.
         FloatingPointError: Samples are not finite.
     """
-    state = PartialState()
+    state = process_state()
     source = config.pretrained_model_name_or_path
     is_bridge = VSDMPipeline.load_config(source).get("_class_name") == BridgePipeline.__name__
     pipeline = (BridgePipeline if is_bridge else VSDMPipeline).from_pretrained(source)
@@ -184,7 +184,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         record |= measure_likelihood(pipeline, samples, config.batch_size, config.num_times, config.seed, *estimate)
     if config.fidelity:
         report = evaluate_fidelity(config, pipeline, dataset)
-        record |= {"num_images": report.num_samples, "runs": report.rows, "table": report.table()}
+        if state.is_main_process:
+            record |= {"num_images": report.num_samples, "runs": report.rows, "table": report.table()}
     return record
 
 
@@ -210,7 +211,7 @@ def evaluate_fidelity(config: EvaluationConfig, pipeline: VSDMPipeline, dataset:
         number = config.num_reference_images
         reference = reference_features(dataset, number, config.seed, folder / "reference", features)
         statistics = FeatureStatistics.of(reference, **about)
-        if config.save_statistics and PartialState().is_main_process:
+        if config.save_statistics and process_state().is_main_process:
             statistics.save(config.save_statistics)
     if config.statistics:
         statistics = FeatureStatistics.load(config.statistics)
@@ -228,6 +229,6 @@ def evaluate_fidelity(config: EvaluationConfig, pipeline: VSDMPipeline, dataset:
         config.mixed_precision,
         config.guidance_scale,
     )
-    if report.rows:
+    if process_state().is_main_process:
         picture_fidelity(report.rows, "fid", fid_name(report.num_samples)).save(folder / "fid.png")
     return report

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from ..metrics.fidelity import (
@@ -25,6 +24,7 @@ from ..schedulers import VSDMScheduler
 from ..schedulers.grids import TIME_GRIDS
 from ..solvers import SOLVERS
 from .pictures import EVALUATION_SEED, picture_grid
+from .processes import process_state
 from .shards import load_shards, make_shards
 
 
@@ -196,7 +196,7 @@ def measure_fidelity(
             make_shards(place, key, num_samples, batch_size, make, str(run))
         except FloatingPointError as error:
             raise FloatingPointError(f"Run {run}: {error}") from error
-        if not PartialState().is_main_process:
+        if not process_state().is_main_process:
             continue
         found = load_shards(place, num_samples, batch_size, "features")
         row: dict[str, Any] = {"run": str(run), **asdict(run), "evaluations": evaluations}

@@ -32,6 +32,7 @@ from .config import TrainingConfig
 from .evaluation import likelihood_data, measure_likelihood
 from .fidelity import SmallFid
 from .pictures import picture_samples
+from .processes import process_state
 from .setup import (
     LabelledDataset,
     VectorDataset,
@@ -110,6 +111,7 @@ class Trainer:
     def __init__(self, config: TrainingConfig, data: Tensor | None = None):
         self.folder = Path(config.output_dir)
         set_seed(config.seed)
+        process_state()
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(

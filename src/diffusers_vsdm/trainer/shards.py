@@ -6,12 +6,12 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..files import write_atomically
+from .processes import process_state
 
 
 Make = Callable[[int, int], dict[str, Tensor]]
@@ -31,7 +31,7 @@ def make_shards(folder: Path, key: str, number: int, size: int, make: Make, desc
     Raises:
         ValueError: There are pieces of another key, or a damaged one.
     """
-    state = PartialState()
+    state = process_state()
     pieces = [(index, first, min(first + size, number)) for index, first in enumerate(range(0, number, size))]
     missing = [piece for piece in pieces if not _is_there(_file(folder, piece[0]), f"{key} {piece[1:]}")]
     mine = missing[state.process_index :: state.num_processes]

@@ -119,6 +119,12 @@ def test_paths_that_blow_up_keep_the_last_checkpoint(start, tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path / "bridge")] == ["checkpoint-1"]
 
 
+def test_one_process(monkeypatch):
+    monkeypatch.setattr(bridge.process_state(), "num_processes", 2)
+    with pytest.raises(ValueError, match="one process"):
+        train_bridge(tiny())
+
+
 def test_images_with_attention(tmp_path):
     """The divergence of a network with attention is differentiated twice, along random directions."""
     (tmp_path / "data").mkdir()

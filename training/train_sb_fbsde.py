@@ -15,23 +15,18 @@ from transformers import HfArgumentParser
 from diffusers_vsdm import VSDMPipeline
 from diffusers_vsdm.trainer.bridge import BridgeConfig, train_bridge
 from diffusers_vsdm.trainer.bridge_report import write_bridge_report
-from diffusers_vsdm.trainer.processes import process_state
 
 
 def main() -> None:
-    """Parse the command line, train, and report on the main process."""
-    state = process_state()
+    """Parse the command line, train, and report."""
     try:
         (config,) = HfArgumentParser(BridgeConfig, description=__doc__).parse_args_into_dataclasses()
-        if state.is_main_process:
-            config.prepare_output_dir()
+        config.prepare_output_dir()
         folder = Path(config.output_dir) / "start"
         has_start = config.resume_from_checkpoint and (folder / "model_index.json").exists()
         result = train_bridge(config, VSDMPipeline.from_pretrained(folder) if has_start else None, folder)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train_sb_fbsde.py: {error}")
-    if not state.is_main_process:
-        return
     metrics = write_bridge_report(config, result)["metrics"]
     print(f"\n{metrics['start_seconds']:.0f} s for the start and {metrics['seconds']:.0f} s for the bridge", end="")
     print(f"; everything is in {config.output_dir}/")

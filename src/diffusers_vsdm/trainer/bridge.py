@@ -135,7 +135,6 @@ class BridgeTrainer:
 
     def __init__(self, config: BridgeConfig, start: VSDMPipeline):
         self.config, self.folder = config, Path(config.output_dir) / "bridge"
-        process_state()
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         set_seed(config.seed)
         self.data = build_data(config)
@@ -234,9 +233,8 @@ class BridgeTrainer:
         """Numbered gradient steps of this half bridge, each with its own randomness."""
         config = self.config
         done = self.half * config.bridge_steps
-        shift = self.accelerator.process_index * 7_919
-        for step in tqdm(range(config.bridge_steps), name, leave=False, disable=not self.accelerator.is_main_process):
-            self.generator.manual_seed((config.seed + 1) * 1_000_000_007 + (done + step) * 104_729 + shift)
+        for step in tqdm(range(config.bridge_steps), name, leave=False):
+            self.generator.manual_seed((config.seed + 1) * 1_000_000_007 + (done + step) * 104_729)
             progress = (done + step) / (self.num_halves * config.bridge_steps)
             for side in self.sides.values():
                 side.optimizer.param_groups[0]["lr"] = (
@@ -283,9 +281,6 @@ class BridgeTrainer:
             side.optimizer.zero_grad()
         loss.backward()
         for side in sides:
-            for parameter in side.network.parameters():
-                if parameter.grad is not None and self.accelerator.num_processes > 1:
-                    parameter.grad.copy_(self.accelerator.reduce(parameter.grad, reduction="mean"))
             torch.nn.utils.clip_grad_norm_(side.network.parameters(), self.config.max_grad_norm)
             side.optimizer.step()
             side.ema.step(side.network.parameters())
@@ -317,7 +312,7 @@ class BridgeTrainer:
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write `bridge/checkpoint-{half bridge}` on the main process."""
+        """Write `bridge/checkpoint-{half bridge}`."""
         tensors: dict[str, Tensor] = {}
         for name, side in self._named().items():
             tensors |= {f"{name}.network.{key}": t for key, t in side.network.state_dict().items()}
@@ -331,10 +326,8 @@ class BridgeTrainer:
             "seconds": self.seconds,
             "ema_steps": {name: side.ema.optimization_step for name, side in self._named().items()},
         }
-        if self.accelerator.is_main_process:
-            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_checkpoint(self.folder, self.half, tensors, numbers, self.config.checkpoints_total_limit)
-        self.accelerator.wait_for_everyone()
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_checkpoint(self.folder, self.half, tensors, numbers, self.config.checkpoints_total_limit)
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint of the same run.
@@ -378,14 +371,16 @@ def train_bridge(
     """Train a bridge, from `start` if given, else from a model that is trained first and saved in `start_folder`.
 
     Raises:
-        ValueError: The settings do not fit each other or the data.
+        ValueError: The settings do not fit each other or the data, or there are several processes.
         FloatingPointError: Paths or a loss are not finite.
     """
+    if process_state().num_processes > 1:
+        raise ValueError("Bridges are trained on one process: launch with `--num_processes 1`.")
     start_seconds = 0.0
     if start is None:
         result = train(config)
         start, start_seconds = result.pipeline, result.seconds
-        if start_folder is not None and process_state().is_main_process:
+        if start_folder is not None:
             start.save_pretrained(start_folder)
     network = copy.deepcopy(start.unet)  # goes on, and the start stays what it was
     trainer = BridgeTrainer(config, VSDMPipeline(network, start.scheduler, start.normalizer))

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from diffusers import DiffusionPipeline, UNet2DModel
@@ -38,11 +37,7 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 class Recorder(UNet2DModel):

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffusers_vsdm import AdaptiveDiagonalDrift, BridgePipeline, VSDMPipeline, VSDMScheduler
+from diffusers_vsdm.data.images import DecodedImages, ImageDataset, as_bytes
 from diffusers_vsdm.metrics.fidelity import (
     FeatureStatistics,
     InceptionFeatures,
@@ -23,7 +24,7 @@ from diffusers_vsdm.metrics.fidelity import (
 )
 from diffusers_vsdm.trainer import TrainingConfig, fidelity, loop
 from diffusers_vsdm.trainer.evaluation import EvaluationConfig, evaluate
-from diffusers_vsdm.trainer.fidelity import SamplingRun, as_bytes, measure_fidelity
+from diffusers_vsdm.trainer.fidelity import SamplingRun, measure_fidelity
 from diffusers_vsdm.trainer.shards import load_shards, make_shards
 
 
@@ -275,9 +276,23 @@ def test_samples_that_are_not_finite_name_their_run(pipeline, distances, tmp_pat
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_bytes_are_those_of_pillow():
+def test_bytes_survive():
+    """From a file to [-1, 1] and back, and from a pipeline's [0, 1]."""
     levels = torch.arange(256)
-    assert torch.equal(as_bytes(levels / 255), levels.to(torch.uint8))
+    for images in (levels.float() / 127.5 - 1, 2 * (levels.float() / 255) - 1):
+        assert torch.equal(as_bytes(images), levels.to(torch.uint8))
+
+
+def test_decoded_images_are_the_images():
+    """What a GPU keeps is what the data set reads, with its labels."""
+    pictures = [np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8) for seed in range(5)]
+    images = ImageDataset(
+        [{"image": Image.fromarray(p)} for p in pictures], "image", labels=torch.arange(5), num_classes=5
+    )
+    decoded = DecodedImages(images, torch.device("cpu"))
+    assert len(decoded) == 5 and decoded.event_shape == images.event_shape == (3, 4, 6)
+    assert torch.equal(decoded.__getitems__([4, 0, 4]), images.__getitems__([4, 0, 4]))
+    assert decoded.labels is images.labels and decoded.num_classes == 5
 
 
 def test_few_samples_are_told(pipeline, distances, tmp_path):
@@ -436,8 +451,8 @@ def test_weights_that_are_none(tmp_path, damage):
         InceptionFeatures(path)
 
 
-@pytest.mark.skipif(has_torch_fidelity(), reason="torch-fidelity is there")
-def test_without_torch_fidelity_the_extra_is_named():
+def test_without_torch_fidelity_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(ImportError, match=r"diffusers-vsdm\[fid\]"):
         InceptionFeatures()
 

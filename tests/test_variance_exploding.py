@@ -21,6 +21,7 @@ from diffusers_vsdm.trainer import TrainingConfig, loop, train
 from diffusers_vsdm.trainer.report import evaluate, flow_paths, write_report
 
 from .problems import EXPLODING, run, scheduler_for
+from .test_trainer import TINY as trainer_tiny
 
 
 SHAPE = (4, 3)
@@ -449,20 +450,7 @@ def test_stock_schedulers_warn_and_are_refused(caplog):
 
 # Training ----------------------------------------------------------------------------------------------------
 
-TINY = {
-    "ddpm_beta_schedule": "ve",
-    "sigma_max": 10.0,
-    "max_train_steps": 60,
-    "sa_stages": 5,
-    "sa_trajectories": 32,
-    "num_train_samples": 2000,
-    "train_batch_size": 64,
-    "model_width": 16,
-    "model_num_blocks": 1,
-    "num_eval_samples": 100,
-    "num_likelihood_samples": 0,
-    "standardize": True,
-}
+TINY = trainer_tiny | {"ddpm_beta_schedule": "ve", "sigma_max": 10.0, "num_eval_samples": 100, "standardize": True}
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,11 @@ class ImageDataset(Dataset):
         return np.ascontiguousarray(np.atleast_3d(array).transpose(2, 0, 1))
 
 
+def as_bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as whole numbers 0 to 255, those that [`ImageDataset`] made them of."""
+    return ((images + 1) * 127.5).round().to(torch.uint8)
+
+
 class DecodedImages(Dataset):
     """The same images, decoded once and kept as bytes on a device.
 
@@ -119,7 +124,7 @@ class DecodedImages(Dataset):
         self.data = torch.empty((len(images), *self.event_shape), dtype=torch.uint8, device=device)
         for start in range(0, len(images), DECODED_AT_ONCE):
             batch = images.__getitems__(list(range(start, min(start + DECODED_AT_ONCE, len(images)))))
-            self.data[start : start + len(batch)] = ((batch + 1) * 127.5).round().to(torch.uint8)
+            self.data[start : start + len(batch)] = as_bytes(batch)
 
     def __len__(self) -> int:
         return len(self.data)

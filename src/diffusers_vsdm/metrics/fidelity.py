@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -86,7 +87,7 @@ class InceptionFeatures:
                     ) from error
         self.network, self.device = network.to(device), torch.device(device)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of the weights, by which statistics are told from those of another network."""
         digest = hashlib.sha256()

@@ -125,8 +125,8 @@ class BridgePipeline(VSDMPipeline):
         network = self.forward_unet
         return network(x.to(network.dtype), timesteps, **class_condition(network, x), return_dict=False)[0].to(x.dtype)
 
-    def _backward_policy(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        output = super()._network_output(x, timesteps, class_condition(self.unet, x))
+    def _backward_policy(self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        output = super()._network_output(x, timesteps, class_condition(self.unet, x, class_labels))
         return self.scheduler.get_score(output.to(x.dtype), timesteps, x)
 
     def _network_output(self, x: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
@@ -138,5 +138,4 @@ class BridgePipeline(VSDMPipeline):
 
     def _score(self, x: Tensor, timesteps: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Of the probability flow, whatever the solver."""
-        score = self._backward_policy(x, timesteps)
-        return score - self._forward_policy(x, timesteps)
+        return self._backward_policy(x, timesteps, class_labels) - self._forward_policy(x, timesteps)

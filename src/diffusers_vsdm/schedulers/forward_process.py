@@ -67,9 +67,12 @@ class ForwardProcess(DriftOwner):
 
     def rates(self, timesteps: Tensor) -> Tensor:
         r"""$\beta_t$ per unit of time, averaged over each training interval of length 1 / N; shape of `timesteps`."""
-        g = self.integrated_beta
-        rates = torch.diff(g, prepend=g.new_zeros(1)) * len(self)
-        return rates.float().to(timesteps.device)[timesteps]
+
+        def make() -> Tensor:
+            g = self.integrated_beta
+            return (torch.diff(g, prepend=g.new_zeros(1)) * len(self)).float().to(timesteps.device)
+
+        return self._cached(("rates per time", timesteps.device), make)[timesteps]
 
     @property
     def is_variance_exploding(self) -> bool:

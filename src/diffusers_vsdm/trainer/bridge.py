@@ -42,7 +42,14 @@ from ..objectives.divergence import MOST_EXACT, divergence, draw_probe
 from ..pipelines import BridgePipeline, VSDMPipeline
 from ..schedulers.scheduling_vsdm import PRIORS
 from .averaging import averaged
-from .checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from .checkpoint import (
+    check_settings,
+    find_checkpoint,
+    inside,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from .config import TrainingConfig, setting
 from .loop import train
 from .processes import process_state
@@ -90,6 +97,8 @@ class BridgeConfig(TrainingConfig):
             raise ValueError("`lambda_varies` gives no reference for a bridge: leave it out.")
         if self.prior_dataset_name and (self.prior_dataset_name not in TOYS or not self.is_toy):
             raise ValueError(f"`prior_dataset_name` must be one of {tuple(TOYS)}, and the data a toy too.")
+        if self.class_conditional:
+            raise ValueError("`class_conditional` is not for bridges: leave it out.")
         if self.push_to_hub:
             raise ValueError(
                 "`push_to_hub` is not for bridges yet: push what is saved by `pipeline.push_to_hub(name)`."
@@ -336,25 +345,17 @@ class BridgeTrainer:
             ValueError: The checkpoint is damaged, or belongs to a run with other settings.
         """
         tensors, numbers = load_checkpoint(path)
-        settings = self.config.identity()
-        changed = sorted(key for key in settings if numbers["config"].get(key) != settings[key])
-        if changed:
-            raise ValueError(f"The checkpoint {path} is of a run with other settings of {', '.join(changed)}.")
+        check_settings(path, numbers["config"], self.config.identity(), type(self.config)().identity())
         for name, side in self._named().items():
-            own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
-            side.network.load_state_dict(
-                {key.removeprefix("network."): t for key, t in own.items() if key.startswith("network.")}
-            )
+            own = inside(tensors, name)
+            side.network.load_state_dict(inside(own, "network"))
             for i, shadow in enumerate(side.ema.shadow_params):
                 shadow.copy_(own[f"ema.{i}"])
             side.ema.optimization_step = numbers["ema_steps"][name]
-            state = side.optimizer.state_dict()
-            found: dict[int, dict[str, Tensor]] = {}
-            for key, tensor in own.items():
-                if key.startswith("optimizer."):
-                    _, index, entry = key.split(".")
-                    found.setdefault(int(index), {})[entry] = tensor
-            side.optimizer.load_state_dict(state | {"state": found})
+            groups = side.optimizer.state_dict()
+            moments = inside(own, "optimizer")
+            state = {int(i): inside(moments, i) for i in {key.split(".")[0] for key in moments}}
+            side.optimizer.load_state_dict(groups | {"state": state})
         self.half, self.losses, self.seconds = numbers["half"], numbers["losses"], numbers["seconds"]
 
     def _named(self) -> dict[str, _Side]:

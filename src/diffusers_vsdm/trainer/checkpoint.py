@@ -80,6 +80,26 @@ def _discard(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def inside(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix.`, by the rest of their names."""
+    return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def check_settings(path: Path, stored: dict[str, Any], settings: dict[str, Any], default: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another run; a setting that is younger than it had its default.
+
+    Raises:
+        ValueError: A setting differs; the message names it.
+    """
+    known = default | stored
+    changed = sorted(key for key in settings if known[key] != settings[key])
+    if changed:
+        raise ValueError(
+            f"The checkpoint {path} is of a run with other settings of {', '.join(f'`{key}`' for key in changed)}:"
+            " give those, or start a new run in another `output_dir`."
+        )
+
+
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what [`save_checkpoint`] wrote.
 

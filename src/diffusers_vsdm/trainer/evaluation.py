@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..data import sample_toy
+from ..data.images import as_bytes
 from ..likelihood import bits_per_dimension
 from ..metrics.fidelity import FeatureStatistics, InceptionFeatures, fid_name
 from ..objectives import Estimate
@@ -105,7 +106,7 @@ def likelihood_data(config: DataConfig, dataset: Any, number: int, seed: int) ->
         return sample_toy(config.dataset_name, number, torch.Generator().manual_seed(EVALUATION_SEED + 4 + seed))
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:number]
     samples = dataset.__getitems__(chosen.tolist())
-    return samples if samples.ndim == 2 else ((samples + 1) * 127.5).round().to(torch.uint8)
+    return samples if samples.ndim == 2 else as_bytes(samples)
 
 
 def measure_likelihood(

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..data.images import as_bytes
 from ..metrics.fidelity import (
     ENOUGH,
     FeatureStatistics,
@@ -85,15 +86,18 @@ class SamplingRun:
         return f"{self.solver}{order}{f'/{self.time_grid}' if self.time_grid else ''}@{self.evaluations}"
 
 
-def as_bytes(images: Tensor) -> Tensor:
-    """Images in [0, 1] as whole numbers 0 to 255.
+def sample_bytes(
+    pipeline: VSDMPipeline, number: int, generator: torch.Generator, num_steps: int | None, **classes: Any
+) -> Tensor:
+    """Samples of a pipeline as whole numbers 0 to 255 on the CPU; of `classes` for one that knows them.
 
     Raises:
         FloatingPointError: They are not finite.
     """
+    (images,) = pipeline(number, generator, num_steps, output_type="pt", return_dict=False, **classes)
     if not torch.isfinite(images).all():
         raise FloatingPointError("The samples hold NaN or infinite values: the solver or the network overflowed.")
-    return (images * 255).round().to(torch.uint8).cpu()
+    return as_bytes(2 * images - 1).cpu()
 
 
 def digest(pipeline: VSDMPipeline) -> str:
@@ -184,10 +188,7 @@ def measure_fidelity(
         def make(first: int, last: int, run: SamplingRun = run, sampler: VSDMPipeline = sampler) -> dict[str, Tensor]:
             generator = torch.Generator(device).manual_seed(seed * 1_000_000_007 + first)
             with torch.autocast(device.type, PRECISIONS[mixed_precision], enabled=mixed_precision != "no"):
-                (found,) = sampler(
-                    last - first, generator, run.num_steps, output_type="pt", return_dict=False, **classes(first, last)
-                )
-            images = as_bytes(found)
+                images = sample_bytes(sampler, last - first, generator, run.num_steps, **classes(first, last))
             return {"images": images, "features": features(images)}
 
         place = folder / "samples" / str(run).replace("/", "-")
@@ -229,7 +230,7 @@ class SmallFid:
         if statistics is None:
             chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(EVALUATION_SEED))
             batches = chosen[:ENOUGH].split(SMALL_BATCH)
-            images = (as_bytes(dataset.__getitems__(batch.tolist()) / 2 + 0.5) for batch in batches)
+            images = (as_bytes(dataset.__getitems__(batch.tolist())) for batch in batches)
             statistics = FeatureStatistics.of(torch.cat([features(batch) for batch in images]))
         statistics.check(network=features.digest, shape=shape_name(dataset.event_shape))
         self.statistics = statistics
@@ -241,8 +242,7 @@ class SmallFid:
         found = []
         for start in range(0, self.number, SMALL_BATCH):
             size = min(SMALL_BATCH, self.number - start)
-            (images,) = pipeline(size, generator, num_steps, output_type="pt", return_dict=False)
-            found.append(self.features(as_bytes(images)))
+            found.append(self.features(sample_bytes(pipeline, size, generator, num_steps)))
         return {fid_name(self.number): frechet_distance(torch.cat(found), self.statistics)}
 
 
@@ -267,8 +267,7 @@ def reference_features(dataset: Any, number: int, seed: int, folder: Path, featu
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:number].tolist()
 
     def make(first: int, last: int) -> dict[str, Tensor]:
-        images = dataset.__getitems__(chosen[first:last])
-        return {"features": features(as_bytes(images / 2 + 0.5))}
+        return {"features": features(as_bytes(dataset.__getitems__(chosen[first:last])))}
 
     size = SMALL_BATCH
     key = json.dumps([len(dataset), dataset.event_shape, number, seed, features.digest])

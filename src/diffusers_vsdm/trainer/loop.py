@@ -27,7 +27,7 @@ from ..pipelines import VSDMPipeline
 from ..schedulers import VSDMScheduler
 from ..stochastic_approximation import StageOutput, StochasticApproximation
 from .averaging import averaged
-from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import check_settings, find_checkpoint, inside, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .evaluation import likelihood_data, measure_likelihood
 from .fidelity import SmallFid
@@ -445,17 +445,10 @@ class Trainer:
             ValueError: The checkpoint is damaged, or belongs to a run with other settings.
         """
         tensors, numbers = load_checkpoint(path)
-        settings = self.config.identity()
-        stored = type(self.config)().identity() | numbers["config"]  # a setting that is younger had its default
-        changed = sorted(key for key in settings if stored[key] != settings[key])
-        if changed:
-            raise ValueError(
-                f"The checkpoint {path} is of a run with other settings of {', '.join(f'`{key}`' for key in changed)}:"
-                " give those, or start a new run in another `output_dir`."
-            )
-        self.network.load_state_dict(_inside(tensors, "network"))
-        self.drift.load_state_dict(_inside(tensors, "drift"))
-        state = {int(i): _inside(_inside(tensors, "optimizer"), i) for i in numbers["optimizer_indices"]}
+        check_settings(path, numbers["config"], self.config.identity(), type(self.config)().identity())
+        self.network.load_state_dict(inside(tensors, "network"))
+        self.drift.load_state_dict(inside(tensors, "drift"))
+        state = {int(i): inside(inside(tensors, "optimizer"), i) for i in numbers["optimizer_indices"]}
         self.optimizer.load_state_dict({"state": state, "param_groups": numbers["param_groups"]})
         self.lr_scheduler.load_state_dict(self.lr_scheduler.state_dict() | numbers["lr_scheduler"])
         if self.accelerator.scaler is not None:
@@ -496,10 +489,6 @@ class Trainer:
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
             "ema": {key: value for key, value in ema.items() if key != "shadow_params"},
         }
-
-
-def _inside(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
 
 
 def _is_plain(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 -m benchmarks.images chain --data DATA   # test images against training images
     python -m benchmarks.images pilot --data DATA      # at 16x16, every method with every beta_max
-    python -m benchmarks.images table --data DATA      # at 32x32, every method with its best beta_max
+    python -m benchmarks.images table --data DATA      # at 32x32, every method as the pilot found best
     python -m benchmarks.images spectrum --data DATA   # the learned lambda beside the data's spectrum
 
 DATA is a folder with `cifar10/`, the data set as on the Hub; `fid/inception_2015_12_05_features.safetensors`, the
@@ -74,7 +74,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "VSDM, per frequency, zeta 0.97": METHODS["VSDM, per frequency"] | {"zeta": 0.97},
 }
 VARIANT_BETA_MAX = 14
-TABLE = COMMON | {"max_train_steps": 2000, "ddpm_num_steps": 1000}
+# what the pilot found best, for all alike; in frequencies, but for those that know pixels
+TABLE = COMMON | {"prediction_type": "edm", "time_sampling": "log_normal", "beta_max": 10}
+TABLE |= {"max_train_steps": 1500, "ddpm_num_steps": 1000}
+TABLE_METHODS: dict[str, dict[str, Any]] = {
+    "SGM": METHODS["SGM"],
+    "VSDM, per frequency": METHODS["VSDM, per frequency"],
+    "VSDM, one": METHODS["VSDM, one"],
+    "VSDM, per channel": METHODS["VSDM, per channel"] | {"basis": "dct"},
+    "VSDM, per pixel": METHODS["VSDM, per pixel"],
+    "SGM, pixels": {"baseline": "sgm"},
+}
 TABLE_RUNS, TABLE_IMAGES = ("trig@6", "trig@10", "trig@20", "trig@35", "euler-maruyama@200"), 2000
 REFERENCE_IMAGES = 2000
 
@@ -148,7 +158,7 @@ def measure(name: str, settings: dict[str, Any], data: Path, core: int) -> dict[
 def study(
     name: str, models: dict[str, dict[str, Any]], evaluation: dict[str, Any], data: Path, cores: int
 ) -> dict[str, Any]:
-    """Train all models, then measure them; returns the record."""
+    """Train and measure all models; returns the record."""
     free: queue.Queue[int] = queue.Queue()
     for core in range(cores):
         free.put(core)
@@ -163,10 +173,12 @@ def study(
     runs: list[dict[str, Any]] = []
     places = {model: f"{name}/{slug(model)}" for model in models}
     with concurrent.futures.ThreadPoolExecutor(cores) as pool:
-        list(pool.map(lambda model: on_a_core(train, places[model], models[model]), models))
-        first = next(iter(models))  # makes the reference for all
-        on_a_core(measure, places[first], evaluation)
-        measured = pool.map(lambda model: on_a_core(measure, places[model], evaluation), models)
+
+        def whole(model: str) -> dict[str, Any]:
+            on_a_core(train, places[model], models[model])
+            return on_a_core(measure, places[model], evaluation)
+
+        measured = pool.map(whole, models)
         for model, found in zip(models, measured, strict=True):
             trained = json.loads((WORK / places[model] / "metrics.json").read_text())
             metrics: dict[str, Any] = {
@@ -205,23 +217,9 @@ def pilot(data: Path, cores: int) -> dict[str, Any]:
     return study("pilot", models, evaluation, data, cores)
 
 
-def best_beta_max() -> dict[str, int]:
-    """Of every method: that with the least KID, averaged over the pilot's runs."""
-    record = json.loads((RESULTS / "images_pilot.json").read_text())
-    found = {run["name"]: run["metrics"] for run in record["runs"]}
-
-    def kid(method: str, beta_max: int) -> float:
-        return sum(found[f"{method}, {beta_max}"][f"kid {run}"] for run in PILOT_RUNS)
-
-    return {method: min(BETA_MAX, key=lambda beta_max: kid(method, beta_max)) for method in METHODS}
-
-
 def table(data: Path, cores: int) -> dict[str, Any]:
-    """Every method with its best beta_max of the pilot."""
-    best = best_beta_max()
-    models = {
-        f"{name}, {best[name]}": TABLE | settings | {"beta_max": best[name]} for name, settings in METHODS.items()
-    }
+    """Every method as the pilot found best."""
+    models = {name: TABLE | settings for name, settings in TABLE_METHODS.items()}
     evaluation = {"resolution": 32, "runs": TABLE_RUNS, "num_images": TABLE_IMAGES, "batch_size": 100}
     evaluation |= {"statistics": data / "fid" / "cifar10_train_stats.npz"}
     return study("table", models, evaluation, data, cores)

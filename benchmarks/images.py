@@ -76,7 +76,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 VARIANT_BETA_MAX = 14
 # what the pilot found best, for all alike; in frequencies, but for those that know pixels
 TABLE = COMMON | {"prediction_type": "edm", "time_sampling": "log_normal", "beta_max": 10}
-TABLE |= {"max_train_steps": 1500, "ddpm_num_steps": 1000}
+TABLE |= {"max_train_steps": 1500, "ddpm_num_steps": 1000, "channels_last": True}
 TABLE_METHODS: dict[str, dict[str, Any]] = {
     "SGM": METHODS["SGM"],
     "VSDM, per frequency": METHODS["VSDM, per frequency"],

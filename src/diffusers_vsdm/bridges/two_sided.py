@@ -15,6 +15,7 @@ References:
     Chen, Liu, Theodorou (2022), "Likelihood Training of Schrödinger Bridge using Forward-Backward SDEs Theory".
     Kaba, Shimizu, Ohzeki, Sughiyama (2024), "Schrödinger Bridge Type Diffusion Models as an Extension of Variational
         Autoencoders".
+    Shi, De Bortoli, Campbell, Doucet (2023), "Diffusion Schrödinger Bridge Matching".
 """
 
 import math
@@ -113,6 +114,40 @@ class TwoSidedProcess:
         if direction > 0:
             controls = [*controls[1:], self._at(policy, x, self.times[-1])]
         return torch.stack(path[::direction]), torch.stack(controls[::direction])
+
+    def matching_target(
+        self, ends: tuple[Tensor, Tensor], at: Tensor, direction: int, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        r"""A point between two ends, by the reference given both, and what $z$ is in the mean over all such ends.
+
+        $z_f = E[\nabla_x \log q(x_T | x)]$ and $z_b = E[\nabla_x \log q(x | x_0)]$ over the reference's bridges $q$
+        between the ends of a path hold where the law of paths is a mixture of those bridges, as in all half bridges
+        of iterative proportional fitting (Shi et al. 2023).
+
+        Args:
+            ends: $x_0$ and $x_T$, `(n, *event_shape)` each.
+            at: Places in `times`, `(n,)`; not the last one for $z_f$, nor the first for $z_b$.
+            direction: 1 for the target of $z_f$, -1 for that of $z_b$.
+            generator: Of the noise.
+
+        Returns:
+            The point and the target, `(n, *event_shape)`, and the standard deviation of what the target divides by,
+            of the transition to the other end: the target is as large as its inverse. Shaped to broadcast.
+        """
+        start, end = ends
+        basis = self.scheduler.basis(start)
+        x_0, x_T = basis.to_basis(start), basis.to_basis(end)
+        drift = self.scheduler.drift
+        lam = self.scheduler.mean_rate if drift is None else drift.lam
+        g = self.g[at.cpu()].reshape(-1, *[1] * (start.ndim - 1))
+        on_end, on_start, variance = process.posterior(lam, self.g[-1], g)
+        far = g if direction < 0 else self.g[-1] - g
+        found = on_end, on_start, variance.sqrt(), process.mean_scale(lam, far), process.std(lam, far)
+        on_end, on_start, spread, a, s = (x.to(start) for x in found)
+        noise = randn_tensor(start.shape, generator=generator, device=start.device, dtype=start.dtype)
+        x = on_end * x_T + on_start * x_0 + spread * noise
+        target = (a * x_0 - x if direction < 0 else a * (x_T - a * x)) / s**2
+        return basis.from_basis(x), basis.from_basis(target), s
 
     def log_ratio(self, path: Tensor) -> tuple[Tensor, Tensor]:
         r"""How much likelier forward steps are than the backward ones between the same points, in nats.

@@ -56,7 +56,7 @@ from .processes import process_state
 from .setup import build_data, build_network
 
 
-OBJECTIVES = ("alternating", "joint")
+OBJECTIVES = ("matching", "alternating", "joint")
 FORWARD, BACKWARD = 1, -1
 
 
@@ -71,7 +71,11 @@ class BridgeConfig(TrainingConfig):
     )
     prior_type: str = setting("conditional", "Law at the other end: N(0, s_T^2), or the start's marginal.", PRIORS)
     prior_dataset_name: str = setting("", f"A toy at the other end, instead of the Gaussian prior: {', '.join(TOYS)}.")
-    objective: str = setting("alternating", "Half bridges in turn, or both networks at once.", OBJECTIVES)
+    objective: str = setting(
+        "matching",
+        "Half bridges in turn, by bridges between ends or along paths, or both networks at once.",
+        OBJECTIVES,
+    )
     bridge_stages: int = setting(5, "Pairs of half bridges.")
     bridge_steps: int = setting(1000, "Gradient steps of each half bridge.")
     bridge_paths: int = setting(1024, "Simulated paths that are kept and drawn from.")
@@ -179,7 +183,7 @@ class BridgeTrainer:
         while self.half < self.num_halves:
             stage, direction = self.half // 2 + 1, FORWARD if self.half % 2 == 0 else BACKWARD
             try:
-                loss = self._joint() if config.objective == "joint" else self._half_bridge(direction)
+                loss = getattr(self, f"_{config.objective}")(direction)
             except FloatingPointError as error:
                 name = (
                     "joint" if config.objective == "joint" else {FORWARD: "forward", BACKWARD: "backward"}[direction]
@@ -200,8 +204,26 @@ class BridgeTrainer:
 
     # The algorithm --------------------------------------------------------------------------------------------------
 
-    def _half_bridge(self, direction: int) -> float:
-        """Train one network on paths of the other's process."""
+    def _matching(self, direction: int) -> float:
+        """Train one network on the reference's bridges between ends of the other's paths."""
+        config, process = self.config, self.process
+        own = process.forward if direction == FORWARD else process.backward
+        losses: list[Tensor] = []
+        for step, generator in self._steps(f"Half bridge {self.half + 1}/{self.num_halves}"):
+            if step % config.bridge_refresh == 0:
+                paths, _ = self._simulate(-direction)
+                ends = paths[0], paths[-1]
+            draw: dict[str, Any] = {"size": (config.train_batch_size,), "generator": generator, "device": paths.device}
+            which = torch.randint(paths.shape[1], **draw)
+            at = torch.randint(len(process), **draw) + (direction == BACKWARD)
+            x, target, scale = process.matching_target((ends[0][which], ends[1][which]), at, direction, generator)
+            z = own(x, process.times.to(paths.device)[at].clamp(min=0))
+            loss = (scale * (z - target)).square().flatten(1).sum(1).mean()
+            losses = [*losses[-99:], self._descend(loss, direction)]
+        return float(torch.stack(losses).mean())
+
+    def _alternating(self, direction: int) -> float:
+        """Train one network along paths of the other's process."""
         config, process = self.config, self.process
         own = process.forward if direction == FORWARD else process.backward
         losses: list[Tensor] = []
@@ -217,7 +239,7 @@ class BridgeTrainer:
             losses = [*losses[-99:], self._descend(loss, direction)]
         return float(torch.stack(losses).mean())
 
-    def _joint(self) -> float:
+    def _joint(self, _: int) -> float:
         """Train both networks on forward paths, through the simulation: Eq. 24, and the control energy."""
         config, process = self.config, self.process
         widths = torch.diff(process.g).to(self.accelerator.device, torch.float32)

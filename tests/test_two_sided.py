@@ -87,6 +87,51 @@ def test_controls_belong_to_their_points():
             torch.testing.assert_close(controls[j], policy(path[j + 1], k.expand(3)))
 
 
+@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize("place", [1, 10, 19])
+def test_targets_between_ends_are_z_in_the_mean(direction, place):
+    """Regressed on the point, from the bridge's own coupling: z is affine there, as the known one."""
+    scheduler, n = reference(num_train_timesteps=20), 200_000
+    bridge, prior = known_bridge(scheduler)
+    process = TwoSidedProcess(scheduler, *policies(scheduler))
+    x_0 = data(n).double()
+    of_end = torch.linalg.solve(COVARIANCE.double(), bridge.coupling)
+    spread = prior * torch.eye(2, dtype=torch.float64) - bridge.coupling.T @ of_end
+    x_T = (x_0 - MEAN) @ of_end + torch.randn(n, 2, dtype=torch.float64) @ torch.linalg.cholesky(spread).T
+    x, target, scale = process.matching_target((x_0, x_T), torch.full((n,), place), direction)
+    mean, covariance = bridge.marginal(process.g[place])
+    assert_moments(x, mean, covariance, bias=0)
+    inputs = torch.cat([x, torch.ones(n, 1)], 1)
+    expected = policies(scheduler)[direction < 0](x, process.times[place].expand(n))
+    found = inputs @ torch.linalg.lstsq(inputs, target).solution
+    residual = (target - expected).square().mean(0)
+    assert ((found - expected).square().mean(0) < 12 * residual / n * inputs.shape[1]).all()
+    assert 0.3 < float((scale * (target - expected)).square().mean()) <= 1.05
+
+
+@pytest.mark.parametrize("basis", ["dct", "identity"])
+@pytest.mark.parametrize("lam", [0.0, 1.0, None])
+def test_points_between_ends_have_the_references_law(basis, lam):
+    """The ends of its own paths, in its basis and with its rates: the point between is where it would have been."""
+    scheduler = VSDMScheduler.from_power_law(num_train_timesteps=10, clip_sample=False)
+    drift = AdaptiveDiagonalDrift((3, 4, 4), basis=basis)
+    drift.set_lambda(0.3 + torch.rand(3, 4, 4) if lam is None else lam)
+    scheduler.set_drift(drift)
+    n, place = 20_000, 4
+    x_0 = torch.randn(3, 4, 4).double().expand(n, 3, 4, 4)
+    process = TwoSidedProcess(scheduler, lambda x, k: 0 * x, lambda x, k: 0 * x)
+    path, _ = process.run(x_0, 1, torch.Generator().manual_seed(0))
+    at = torch.full((n,), place)
+    x, target, scale = process.matching_target((x_0, path[-1]), at, -1, torch.Generator().manual_seed(1))
+    a, s = scheduler.marginal_scales(x, int(process.times[place]))
+    basis = drift.basis()
+    between, expected = basis.to_basis(x), (a * basis.to_basis(x_0))[0]
+    assert ((between.mean(0) - expected).abs() < 5 * s[0] / n**0.5).all()
+    assert ((between.var(0) / s[0] ** 2 - 1).abs() < 5 * (2 / n) ** 0.5).all()
+    torch.testing.assert_close(basis.to_basis(target), (a * basis.to_basis(x_0) - between) / s**2, check_dtype=False)
+    torch.testing.assert_close((scale + 0 * x)[0], (s + 0 * x)[0], check_dtype=False)
+
+
 @pytest.mark.parametrize("basis", ["dct", "identity"])
 @pytest.mark.parametrize("lam", [0.0, 1.0, None])
 def test_without_z_it_is_the_reference(basis, lam):

@@ -448,6 +448,17 @@ def test_stock_schedulers_warn_and_are_refused(caplog):
     assert again.is_variance_exploding and not VSDMScheduler.from_config(DDPMScheduler().config).is_variance_exploding
 
 
+def test_brownian_times_are_close_at_both_ends():
+    scheduler = VSDMScheduler.from_brownian(1.5, num_train_timesteps=50)
+    steps = torch.diff(scheduler.integrated_beta, prepend=torch.zeros(1))
+    assert float(scheduler.integrated_beta[-1]) == pytest.approx(2.25)
+    torch.testing.assert_close(steps, steps.flip(0))
+    assert steps[0] < 1e-3 * 2.25 and steps.max() < 0.04 * 2.25
+    for bad in ({"sigma_max": 0.0}, {"num_train_timesteps": 1}):
+        with pytest.raises(ValueError, match="Brownian"):
+            VSDMScheduler.from_brownian(**bad)
+
+
 # Training ----------------------------------------------------------------------------------------------------
 
 TINY = trainer_tiny | {"ddpm_beta_schedule": "ve", "sigma_max": 10.0, "num_eval_samples": 100, "standardize": True}

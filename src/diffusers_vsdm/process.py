@@ -49,6 +49,11 @@ def karras_sigma(t: Tensor, sigma_min: float, sigma_max: float, rho: float) -> T
     return (least + t * (most - least)) ** rho
 
 
+def brownian_sigma(t: Tensor, sigma_max: float) -> Tensor:
+    r"""$\sigma_t = \sigma_{max} \sin(\pi t / 2)$, $t \in [0, 1]$: Brownian motion whose clock is slow at both ends."""
+    return sigma_max * torch.sin(0.5 * torch.pi * t)
+
+
 def integrated_beta(betas: Tensor) -> Tensor:
     r"""$g_k = -\log \bar\alpha_k = -\sum_{j \le k} \log(1 - \beta_j)$ of a discrete DDPM table, shape `(N,)`.
 

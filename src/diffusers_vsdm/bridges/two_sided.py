@@ -8,8 +8,9 @@ with $z_f = \nabla \log \psi$ and $z_b = \nabla \log \hat\psi$ at the Schröding
 both are laws of one process $z_f + z_b = \nabla \log p_t$, and $\frac12 (z_f - z_b) - \frac12 D x$ is the probability
 flow (Eq. 26 of Kaba et al.). $z_f = 0$ is VSDM, with the score for $z_b$; with $D = I$ too, a score-based model.
 
-A step over $h$ holds $z$ and is exact in the linear part: $x' = a x + c z + s \xi$, with $a = e^{-\lambda h/2}$,
-$c = (1 - a) / (\lambda / 2)$ and $s^2 = (1 - a^2) / \lambda$; backwards with $-\lambda$.
+A step over $h$ is $x' = a x + (s^2 / a) z + s \xi$, with $a = e^{-\lambda h/2}$ and $s^2 = (1 - a^2) / \lambda$;
+backwards with $-\lambda$. Its mean is exact for any $h$: $z$ tells the mean of the far end given $x$ (Tweedie's
+formula), and what lies between is in the mean on the reference's bridge to there.
 
 References:
     Chen, Liu, Theodorou (2022), "Likelihood Training of Schrödinger Bridge using Forward-Backward SDEs Theory".
@@ -76,7 +77,8 @@ class TwoSidedProcess:
         drift = self.scheduler.drift
         lam = direction * (self.scheduler.mean_rate if drift is None else drift.lam)
         h = torch.diff(self.g).reshape(-1, *[1] * lam.ndim)
-        found = process.mean_scale(lam, h), process.variance(lam / 2, h), process.std(lam, h)
+        a, s2 = process.mean_scale(lam, h), process.variance(lam, h)
+        found = a, s2 / a, s2.sqrt()
         shape = [len(self), *(lam.shape or [1] * (like.ndim - 1))]
         a, c, s = (x.expand(len(self), *lam.shape).reshape(shape).to(like.device, like.dtype) for x in found)
         return a, c, s
@@ -131,8 +133,8 @@ class TwoSidedProcess:
             generator: Of the noise.
 
         Returns:
-            The point and the target, `(n, *event_shape)`, and the standard deviation of what the target divides by,
-            of the transition to the other end: the target is as large as its inverse. Shaped to broadcast.
+            The point and the target, `(n, *event_shape)`, and the standard deviation of the transition whose score
+            the target is, in the drift's basis and shaped to broadcast there: the target is as large as its inverse.
         """
         start, end = ends
         basis = self.scheduler.basis(start)

@@ -246,6 +246,28 @@ class VSDMScheduler(ForwardProcess):
         settings = {"clip_sample": False, "timestep_spacing": "linspace"} | kwargs
         return cls(num_train_timesteps=num_train_timesteps, trained_sigmas=sigmas, **settings)
 
+    @classmethod
+    def from_brownian(cls, sigma_max: float = 1.0, num_train_timesteps: int = 1000, **kwargs: Any) -> "VSDMScheduler":
+        r"""A scheduler for bridges between two data sets: Brownian motion of variance `sigma_max`^2 from end to end.
+
+        Its training times lie close together at both ends ([`process.brownian_sigma`]), so that the noise of single
+        steps blurs neither of the data sets.
+
+        Args:
+            sigma_max (`float`, defaults to 1.0): Standard deviation at the last training time, in model units.
+            num_train_timesteps (`int`, defaults to 1000): Training times N, two or more.
+            kwargs: As in [`from_variance_exploding`].
+        """
+        if not sigma_max > 0 or num_train_timesteps < 2:
+            raise ValueError(
+                "The Brownian process needs sigma_max > 0 and two training times or more, got"
+                f" sigma_max={sigma_max}, num_train_timesteps={num_train_timesteps}."
+            )
+        t = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+        settings = {"clip_sample": False, "timestep_spacing": "linspace"} | kwargs
+        sigmas = process.brownian_sigma(t, sigma_max).tolist()
+        return cls(num_train_timesteps=num_train_timesteps, trained_sigmas=sigmas, **settings)
+
     # State ---------------------------------------------------------------------------------------------------
 
     @property

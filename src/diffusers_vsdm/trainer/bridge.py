@@ -1,14 +1,16 @@
 r"""Training networks on both sides (SB-FBSDE), from a trained VSDM or score-based model on.
 
 The model of [`Trainer`], whose forward process is linear, is the start: its score is the first backward half bridge of
-iterative proportional fitting. Then, `alternating`, half bridges take turns (8a and 8b of Chen et al.): the forward
-network is trained on paths of the backward process and the backward network on those of the forward one, by
+iterative proportional fitting. Then half bridges take turns: the forward network is trained on paths of the backward
+process and the backward network on those of the forward one. `alternating` minimises 8a and 8b of Chen et al.,
 
 $$ E \left[ \tfrac12 |z_f + z_b|^2 + \nabla \cdot z \right] , $$
 
-with the divergence of the one that is trained; each is the implicit score matching of Eq. 24 of Kaba et al. `joint`
-minimises Eq. 24 in both networks at once, through simulated paths. It has many minimisers, of which the bridge is the
-one of least control energy $\frac12 \int E |z_f|^2 dg$: `control_energy` weighs that.
+with the divergence of the one that is trained; each is the implicit score matching of Eq. 24 of Kaba et al. `matching`
+finds the same half bridges by regression (Shi et al.): between their ends the paths are bridges of the reference, so
+that only ends need be simulated and no network is differentiated in x. `joint` minimises Eq. 24 in both networks at
+once, through simulated paths. It has many minimisers, of which the bridge is the one of least control energy
+$\frac12 \int E |z_f|^2 dg$: `control_energy` weighs that.
 
 References:
     Chen, Liu, Theodorou (2022), "Likelihood Training of Schrödinger Bridge using Forward-Backward SDEs Theory".
@@ -16,6 +18,7 @@ References:
         Generative Modeling": iterative proportional fitting, cached paths.
     Kaba, Shimizu, Ohzeki, Sughiyama (2024), "Schrödinger Bridge Type Diffusion Models as an Extension of Variational
         Autoencoders".
+    Shi, De Bortoli, Campbell, Doucet (2023), "Diffusion Schrödinger Bridge Matching": DSBM-IPF.
 """
 
 import copy
@@ -183,7 +186,7 @@ class BridgeTrainer:
         while self.half < self.num_halves:
             stage, direction = self.half // 2 + 1, FORWARD if self.half % 2 == 0 else BACKWARD
             try:
-                loss = getattr(self, f"_{config.objective}")(direction)
+                loss = self._joint() if config.objective == "joint" else self._half_bridge(direction)
             except FloatingPointError as error:
                 name = (
                     "joint" if config.objective == "joint" else {FORWARD: "forward", BACKWARD: "backward"}[direction]
@@ -204,42 +207,43 @@ class BridgeTrainer:
 
     # The algorithm --------------------------------------------------------------------------------------------------
 
-    def _matching(self, direction: int) -> float:
-        """Train one network on the reference's bridges between ends of the other's paths."""
-        config, process = self.config, self.process
-        own = process.forward if direction == FORWARD else process.backward
-        losses: list[Tensor] = []
-        for step, generator in self._steps(f"Half bridge {self.half + 1}/{self.num_halves}"):
-            if step % config.bridge_refresh == 0:
-                paths, _ = self._simulate(-direction)
-                ends = paths[0], paths[-1]
-            draw: dict[str, Any] = {"size": (config.train_batch_size,), "generator": generator, "device": paths.device}
-            which = torch.randint(paths.shape[1], **draw)
-            at = torch.randint(len(process), **draw) + (direction == BACKWARD)
-            x, target, scale = process.matching_target((ends[0][which], ends[1][which]), at, direction, generator)
-            z = own(x, process.times.to(paths.device)[at].clamp(min=0))
-            loss = (scale * (z - target)).square().flatten(1).sum(1).mean()
-            losses = [*losses[-99:], self._descend(loss, direction)]
-        return float(torch.stack(losses).mean())
-
-    def _alternating(self, direction: int) -> float:
-        """Train one network along paths of the other's process."""
-        config, process = self.config, self.process
-        own = process.forward if direction == FORWARD else process.backward
+    def _half_bridge(self, direction: int) -> float:
+        """Train one network on the other's process."""
+        config = self.config
+        loss_of = {"matching": self._between_ends, "alternating": self._along_paths}[config.objective]
         losses: list[Tensor] = []
         for step, generator in self._steps(f"Half bridge {self.half + 1}/{self.num_halves}"):
             if step % config.bridge_refresh == 0:
                 paths, controls = self._simulate(-direction)
             draw: dict[str, Any] = {"size": (config.train_batch_size,), "generator": generator, "device": paths.device}
-            which, at = torch.randint(paths.shape[1], **draw), torch.randint(len(process), **draw)
-            x, k = paths[at + 1, which], process.times.to(paths.device)[at + 1]
-            probe = draw_probe(x, self._divergence(x), generator)
-            mine, trace = divergence(partial(_at, own, k), x, probe, create_graph=True)
-            loss = (self._weight(x, k) * implicit_matching(controls[at, which], -mine, -trace)).mean()
+            which, step_of = torch.randint(paths.shape[1], **draw), torch.randint(len(self.process), **draw)
+            loss = loss_of(paths, controls, which, step_of, direction, generator)
             losses = [*losses[-99:], self._descend(loss, direction)]
         return float(torch.stack(losses).mean())
 
-    def _joint(self, _: int) -> float:
+    def _between_ends(
+        self, paths: Tensor, _: Tensor, which: Tensor, step_of: Tensor, direction: int, generator: torch.Generator
+    ) -> Tensor:
+        """Of the reference's bridges between the ends of these paths, at the times where the network's steps start."""
+        process, at = self.process, step_of if direction == FORWARD else step_of + 1
+        ends = paths[0, which], paths[-1, which]
+        x, target, scale = process.matching_target(ends, at, direction, generator)
+        error = self._own(direction)(x, process.times.to(x.device)[at].clamp(min=0)) - target
+        return (scale * process.scheduler.basis(x).to_basis(error)).square().flatten(1).sum(1).mean()
+
+    def _along_paths(
+        self, paths: Tensor, controls: Tensor, which: Tensor, at: Tensor, direction: int, generator: torch.Generator
+    ) -> Tensor:
+        """Of 8a or 8b, on the paths' own points."""
+        x, k = paths[at + 1, which], self.process.times.to(paths.device)[at + 1]
+        probe = draw_probe(x, self._divergence(x), generator)
+        mine, trace = divergence(partial(_at, self._own(direction), k), x, probe, create_graph=True)
+        return (self._weight(x, k) * implicit_matching(controls[at, which], -mine, -trace)).mean()
+
+    def _own(self, direction: int) -> Policy:
+        return self.process.forward if direction == FORWARD else self.process.backward
+
+    def _joint(self) -> float:
         """Train both networks on forward paths, through the simulation: Eq. 24, and the control energy."""
         config, process = self.config, self.process
         widths = torch.diff(process.g).to(self.accelerator.device, torch.float32)

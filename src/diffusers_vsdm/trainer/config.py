@@ -18,7 +18,7 @@ from ..solvers import SOLVERS
 from ..stochastic_approximation import GRADIENTS, SIMULATION_PRIORS, UPDATES
 
 
-POWER_LAW, EXPLODING = "power_law", "ve"
+POWER_LAW, EXPLODING, BROWNIAN = "power_law", "ve", "brownian"
 # what may differ between the parts of a resumed run
 INCIDENTAL = (
     "output_dir overwrite_output_dir cache_dir num_eval_samples num_eval_steps eval_batch_size"
@@ -88,14 +88,15 @@ class TrainingConfig(DataConfig):
     prior_type: str = setting("marginal", "Law of the first sample.", PRIORS)
     ddpm_beta_schedule: str = setting(
         POWER_LAW,
-        "Table of betas; or ve, the variance-exploding process of EDM, where lambda starts at 1 / sigma_max^2.",
-        (POWER_LAW, EXPLODING, *BETA_SCHEDULES),
+        "Table of betas; or ve, the variance-exploding process of EDM, where lambda starts at 1 / sigma_max^2; or"
+        " brownian, which has its short steps at both ends.",
+        (POWER_LAW, EXPLODING, BROWNIAN, *BETA_SCHEDULES),
     )
     beta_min: float = setting(0.1, "Smallest rate of the power law, per unit of time.")
     beta_max: float = setting(10.0, "Largest rate of the power law, per unit of time.")
     beta_power: float = setting(1.7, "Exponent of the power law.")
     sigma_min: float = setting(0.002, "Least standard deviation of the noise of ve.")
-    sigma_max: float = setting(80.0, "Largest standard deviation of the noise of ve.")
+    sigma_max: float = setting(80.0, "Largest standard deviation of the noise of ve or brownian.")
     ddpm_num_steps: int = setting(100, "Training times N.")
     prediction_type: str = setting(
         "auto",
@@ -191,7 +192,7 @@ class TrainingConfig(DataConfig):
         positive = (
             "num_train_samples ddpm_num_steps model_width max_train_steps train_batch_size learning_rate max_grad_norm"
             " logging_steps beta_min sa_trajectories sa_step_scale num_eval_steps gradient_accumulation_steps"
-            " eval_batch_size sigma_min"
+            " eval_batch_size sigma_min sigma_max"
         )
         for name in positive.split():
             if not getattr(self, name) > 0:

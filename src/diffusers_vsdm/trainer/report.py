@@ -18,7 +18,7 @@ from ..hub.remote_code import write_remote_code
 from ..metrics.transport import straightness, wasserstein2
 from ..pipelines import VSDMPipeline
 from ..schedulers import VSDMScheduler
-from .config import EXPLODING, POWER_LAW, TrainingConfig
+from .config import BROWNIAN, EXPLODING, POWER_LAW, TrainingConfig
 from .loop import TrainingResult
 from .pictures import EVALUATION_SEED, picture_drift, picture_paths, picture_samples, summary
 
@@ -83,6 +83,7 @@ def write_report(config: TrainingConfig, result: TrainingResult) -> dict[str, An
     scale, unit = {
         POWER_LAW: (config.beta_max, r"\beta_{\max}"),
         EXPLODING: (config.sigma_max**2, r"\sigma_{\max}^2"),
+        BROWNIAN: (config.sigma_max**2, r"\sigma_{\max}^2"),
     }.get(config.ddpm_beta_schedule, (1.0, ""))
     metrics: dict[str, Any] = {
         "final_loss": result.final_loss,

@@ -15,7 +15,7 @@ from ..drift import AdaptiveDiagonalDrift
 from ..models import build_model
 from ..models.classes import num_classes as known_classes
 from ..schedulers import VSDMScheduler
-from .config import EXPLODING, POWER_LAW, DataConfig, TrainingConfig
+from .config import BROWNIAN, EXPLODING, POWER_LAW, DataConfig, TrainingConfig
 
 
 # enough for the moments of images: their means and variances are known to 1%
@@ -162,7 +162,7 @@ def build_scheduler(
     learned, since steps on its logarithm cannot leave 0.
     """
     settings: dict[str, Any] = {"prior_type": config.prior_type, "solver": config.solver}
-    is_exploding = config.ddpm_beta_schedule == EXPLODING and not config.pretrained_model_name_or_path
+    is_exploding = config.ddpm_beta_schedule in (EXPLODING, BROWNIAN) and not config.pretrained_model_name_or_path
     if not is_exploding:
         settings |= {"clip_sample": not config.is_toy and not config.standardize, "timestep_spacing": "trailing"}
     prediction_type = config.prediction_type
@@ -183,6 +183,9 @@ def build_scheduler(
         scheduler = VSDMScheduler.from_power_law(
             config.beta_min, config.beta_max, config.beta_power, config.ddpm_num_steps, **settings
         )
+    elif config.ddpm_beta_schedule == BROWNIAN:
+        settings["prediction_type"] = prediction_type
+        scheduler = VSDMScheduler.from_brownian(config.sigma_max, config.ddpm_num_steps, **settings)
     elif is_exploding:
         settings["prediction_type"] = prediction_type
         scheduler = VSDMScheduler.from_variance_exploding(

@@ -1,0 +1,131 @@
+"""Score-based models, VSDM and SB-FBSDE on the same network and as many gradient steps: quality, and what it costs.
+
+    python -m benchmarks.bridges toys [--seeds 0 1 2]
+    python -m benchmarks.bridges transport [--seeds 0 1 2]
+
+- `toys`: from a Gaussian to toys, and from the moons to the 8 gaussians. W2 beside the floor of two samples of the
+  data, by the backward SDE, by the probability flow, and of the forward end; on the 8 gaussians, whose density is
+  known, the negative log-likelihood of the flow less the true one.
+- `transport`: from a Gaussian to the mixtures that the entropic transport of [`benchmarks.entropic`] has for its other
+  end, whose plan is known: how far from it the conditional law of the model's paths is.
+
+Writes `benchmarks/results/bridges_*.json`, a run at a time; what is there is not done again.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from typing import Any
+
+import torch
+
+from .tables import RESULTS
+
+
+STEPS = 12_000  # gradient steps of all networks together
+START = 4_000  # of them those of the model that bridges start from
+STAGES = 4
+HALF = (STEPS - START) // (2 * STAGES)
+JOINT_SCALE = 10  # simulated paths are differentiated in every step: a tenth of the steps
+BRIDGE = {"max_train_steps": START, "bridge_stages": STAGES, "bridge_steps": HALF, "beta_max": 3.0}
+METHODS: dict[str, dict[str, Any]] = {
+    "SGM, beta_max 3": {"baseline": "sgm", "beta_max": 3.0},
+    "SGM, beta_max 10": {"baseline": "sgm", "beta_max": 10.0},
+    "VSDM, beta_max 3": {"baseline": "none", "beta_max": 3.0},
+    "VSDM, beta_max 10": {"baseline": "none", "beta_max": 10.0},
+    "SB-FBSDE, matching": BRIDGE | {"objective": "matching"},
+    "SB-FBSDE, alternating": BRIDGE | {"objective": "alternating"},
+    "SB-FBSDE, joint": BRIDGE | {"objective": "joint", "bridge_steps": HALF // JOINT_SCALE, "bridge_num_steps": 20},
+    "SB-FBSDE, joint, control energy 0.1": BRIDGE
+    | {"objective": "joint", "bridge_steps": HALF // JOINT_SCALE, "bridge_num_steps": 20, "control_energy": 0.1},
+}
+TOYS = ("8gaussians", "moons", "checkerboard", "spiral-8y")
+BETWEEN = {"moons to 8gaussians": {"dataset_name": "8gaussians", "prior_dataset_name": "moons"}}
+LIKELIHOODS = 10_000
+
+
+def run_toy(job: tuple[str, str, int]) -> dict[str, Any]:
+    """Train and measure one model."""
+    torch.set_num_threads(1)
+    from diffusers_vsdm import BridgePipeline
+    from diffusers_vsdm.data import sample_toy
+    from diffusers_vsdm.trainer import train
+    from diffusers_vsdm.trainer.bridge import BridgeConfig, train_bridge
+    from diffusers_vsdm.trainer.bridge_report import evaluate_bridge
+
+    problem, method, seed = job
+    settings: dict[str, Any] = {"max_train_steps": STEPS, "seed": seed, "num_likelihood_samples": 0}
+    if problem in BETWEEN:
+        settings |= METHODS[method] | BETWEEN[problem] | {"ddpm_beta_schedule": "brownian", "sigma_max": 1.5}
+    else:
+        settings |= {"dataset_name": problem, "standardize": True} | METHODS[method]
+    config = BridgeConfig(**settings)
+    if method.startswith("SB"):
+        result = train_bridge(config)
+        pipeline, seconds = result.pipeline, result.start_seconds + result.seconds
+        per_step = result.seconds / (config.bridge_steps * 2 * config.bridge_stages)
+    else:
+        trained = train(config)
+        pipeline = BridgePipeline(trained.pipeline.unet, trained.pipeline.scheduler, trained.pipeline.normalizer)
+        seconds, per_step = trained.seconds, trained.seconds / STEPS
+    metrics, _ = evaluate_bridge(config, pipeline)
+    metrics |= {"seconds": seconds, "seconds per step": per_step}
+    if problem == "8gaussians":
+        data = sample_toy(problem, LIKELIHOODS, torch.Generator().manual_seed(99))
+        pipeline.scheduler.set_drift(pipeline.scheduler.drift)
+        started = time.perf_counter()
+        found = pipeline.log_likelihood(data)
+        excess = (log_density(data) - found.log_likelihood.double().cpu()).double()
+        metrics |= {
+            "nll excess": float(excess.mean()),
+            "nll excess error": float(excess.std() / len(excess) ** 0.5),
+            "nll seconds": time.perf_counter() - started,
+        }
+    return {"name": f"{problem}, {method}", "seed": seed, "metrics": metrics, "config": config.public()}
+
+
+def log_density(x: torch.Tensor) -> torch.Tensor:
+    """Of the toy of 8 gaussians."""
+    angle = torch.arange(8, dtype=torch.float64) * torch.pi / 4
+    centers = 2.5 * torch.stack([angle.cos(), angle.sin()], 1)
+    squares = (x.double()[:, None] - centers).square().sum(2) / (2 * 0.18**2)
+    return torch.logsumexp(-squares, 1) - torch.log(8 * 2 * torch.pi * torch.tensor(0.18, dtype=torch.float64) ** 2)
+
+
+def toys(seeds: list[int]) -> list[tuple[str, str, int]]:
+    """All models."""
+    jobs = [(toy, method, seed) for seed in seeds for toy in TOYS for method in METHODS]
+    bridges = [method for method in METHODS if method.startswith("SB") and "joint" not in method]
+    return jobs + [(problem, method, seed) for seed in seeds for problem in BETWEEN for method in bridges]
+
+
+STUDIES = {"toys": (toys, run_toy)}
+
+
+def main() -> None:
+    """Run a study, on all cores, and write its record."""
+    from diffusers_vsdm.trainer.report import versions
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", default="", help="those whose problem and method hold this")
+    arguments = parser.parse_args()
+    make, run = STUDIES[arguments.study]
+    path = RESULTS / f"bridges_{arguments.study}.json"
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    done = {(old["name"], old["seed"]) for old in runs}
+    jobs = [job for job in make(arguments.seeds) if (f"{job[0]}, {job[1]}", job[2]) not in done]
+    jobs = [job for job in jobs if arguments.only in f"{job[0]}, {job[1]}"]
+    command = f"python -m benchmarks.bridges {arguments.study}"
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        for found in pool.imap_unordered(run, jobs):
+            runs.append(found)
+            print(found["name"], found["seed"], {k: round(v, 4) for k, v in found["metrics"].items()}, flush=True)
+            path.write_text(json.dumps({"command": command, "versions": versions(), "runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

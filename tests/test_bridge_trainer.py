@@ -156,6 +156,7 @@ def test_between_two_data_sets():
     [
         ({"bridge_stages": 0}, "bridge_stages"),
         ({"control_energy": -1.0}, "control_energy"),
+        ({"bridge_corrector_steps": -1}, "bridge_corrector_steps"),
         ({"prior_dataset_name": "cifar10"}, "prior_dataset_name"),
         ({"prior_dataset_name": "moons"}, "standardize"),
         ({"lambda_varies": True, "zeta": 1.0}, "lambda_varies"),

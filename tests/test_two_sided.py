@@ -76,6 +76,22 @@ def test_both_directions_arrive_at_the_other_end():
     assert_moments(path[0], MEAN, COVARIANCE)
 
 
+def test_the_corrector_keeps_the_law_and_finds_it_again():
+    """Of the right score: paths that start right stay so, and those from half the variance come nearer to the data."""
+    scheduler, n = reference(num_train_timesteps=50), 20_000
+    _, prior = known_bridge(scheduler)
+    ends = {}
+    for corrector_steps in (0, 4):
+        process = TwoSidedProcess(scheduler, *policies(scheduler), corrector_steps=corrector_steps)
+        for share in (1.0, 0.5):
+            generator = torch.Generator().manual_seed(0)
+            start = math.sqrt(share * prior) * torch.randn(n, 2, generator=generator)
+            ends[corrector_steps, share] = process.run(start, -1, generator)[0][0]
+    assert_moments(ends[4, 1.0], MEAN, COVARIANCE, bias=0.03)
+    variances = {key: float(x.var(0)[0]) for key, x in ends.items()}
+    assert variances[0, 0.5] < 0.8 * COVARIANCE[0, 0] and variances[4, 0.5] > 0.9 * COVARIANCE[0, 0], variances
+
+
 def test_controls_belong_to_their_points():
     scheduler = reference(num_train_timesteps=20)
     forward, backward = policies(scheduler)

@@ -17,6 +17,7 @@ References:
     Kaba, Shimizu, Ohzeki, Sughiyama (2024), "Schrödinger Bridge Type Diffusion Models as an Extension of Variational
         Autoencoders".
     Shi, De Bortoli, Campbell, Doucet (2023), "Diffusion Schrödinger Bridge Matching".
+    Song et al. (2021), "Score-Based Generative Modeling through Stochastic Differential Equations": the corrector.
 """
 
 import math
@@ -32,6 +33,7 @@ from ..schedulers import VSDMScheduler
 
 # z at x of shape (n, *event_shape) and training times k of shape (n,)
 Policy = Callable[[Tensor, Tensor], Tensor]
+CORRECTOR_RATIO = 0.1  # of the score's part of a corrector's step to that of the noise
 
 
 class TwoSidedProcess:
@@ -41,6 +43,9 @@ class TwoSidedProcess:
         scheduler ([`VSDMScheduler`]): The reference: its table, its drift, its basis.
         forward, backward: $z_f$ and $z_b$. At the data, k = -1, they are asked for what holds at k = 0.
         num_steps (`int`, *optional*): Steps between data and prior, at most as many as training times, the default.
+        corrector_steps (`int`, defaults to 0): Steps of Langevin dynamics with the score $z_f + z_b$ after each of
+            them but at the data, with the step size of Song et al. (2021), Algorithm 5. The law at each time is then
+            nearer to what the networks take it for, and the paths are none of the process.
 
     Attributes:
         times: The training times k, `(num_steps + 1,)` whole numbers from -1 up.
@@ -50,7 +55,14 @@ class TwoSidedProcess:
         ValueError: A rate varies in time, there is no signal at the last time, or too many steps are asked for.
     """
 
-    def __init__(self, scheduler: VSDMScheduler, forward: Policy, backward: Policy, num_steps: int | None = None):
+    def __init__(
+        self,
+        scheduler: VSDMScheduler,
+        forward: Policy,
+        backward: Policy,
+        num_steps: int | None = None,
+        corrector_steps: int = 0,
+    ):
         if scheduler.drift is not None and scheduler.drift.num_times is not None:
             raise ValueError("A lambda for each training time is no reference for a bridge: take one for all.")
         if not torch.isfinite(scheduler.integrated_beta[-1]):
@@ -59,7 +71,10 @@ class TwoSidedProcess:
         num_steps = most if num_steps is None else num_steps
         if not 1 <= num_steps <= most:
             raise ValueError(f"`num_steps` must lie between 1 and the {most} training times, got {num_steps}.")
+        if corrector_steps < 0:
+            raise ValueError(f"`corrector_steps` must not be negative, got {corrector_steps}.")
         self.scheduler, self.forward, self.backward = scheduler, forward, backward
+        self.corrector_steps = corrector_steps
         self.times = torch.linspace(-1, most - 1, num_steps + 1, dtype=torch.float64).round().long()
         table = torch.cat([torch.zeros(1, dtype=torch.float64), scheduler.integrated_beta])
         self.g = table[self.times + 1]
@@ -109,6 +124,9 @@ class TwoSidedProcess:
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
             moved = a[j] * basis.to_basis(x) + c[j] * basis.to_basis(z) + s[j] * basis.to_basis(noise)
             x = basis.from_basis(moved)
+            arrived = self.times[j + 1] if direction > 0 else self.times[j]
+            for _ in range(self.corrector_steps if arrived >= 0 else 0):
+                x = self._langevin(x, arrived, generator)
             if not torch.isfinite(x).all():
                 name = "forward" if direction > 0 else "backward"
                 raise FloatingPointError(f"The {name} paths are not finite after training time {int(k)}.")
@@ -177,6 +195,13 @@ class TwoSidedProcess:
             sides.append(density.flatten(2).sum(2))
         steps = sides[0] - sides[1]
         return steps[0], steps[1:].sum(0)
+
+    def _langevin(self, x: Tensor, k: Tensor, generator: torch.Generator | None) -> Tensor:
+        score = self._at(self.forward, x, k) + self._at(self.backward, x, k)
+        noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        sizes = [y.flatten(1).norm(dim=1).mean() for y in (noise, score)]
+        step = 2 * (CORRECTOR_RATIO * sizes[0] / sizes[1].clamp(min=1e-12)) ** 2
+        return x + step * score + (2 * step).sqrt() * noise
 
     @staticmethod
     def _at(policy: Policy, x: Tensor, k: Tensor) -> Tensor:

@@ -54,9 +54,10 @@ class BridgePipeline(VSDMPipeline):
         self.register_modules(forward_unet=forward_unet)
         self.register_to_config(prior=prior)
 
-    def process(self, num_steps: int | None = None) -> TwoSidedProcess:
-        """Both directions on a grid of training times, in model units."""
-        return TwoSidedProcess(self.scheduler, self._forward_policy, self._backward_policy, num_steps)
+    def process(self, num_steps: int | None = None, corrector_steps: int = 0) -> TwoSidedProcess:
+        """Both directions on a grid of training times, in model units, see [`TwoSidedProcess`]."""
+        policies = self._forward_policy, self._backward_policy
+        return TwoSidedProcess(self.scheduler, *policies, num_steps, corrector_steps)
 
     @torch.no_grad()
     def encode(

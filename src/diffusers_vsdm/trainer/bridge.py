@@ -84,6 +84,7 @@ class BridgeConfig(TrainingConfig):
     bridge_paths: int = setting(1024, "Simulated paths that are kept and drawn from.")
     bridge_refresh: int = setting(100, "Gradient steps between new ones.")
     bridge_num_steps: int = setting(0, "Steps of a path; 0 for all training times.")
+    bridge_corrector_steps: int = setting(0, "Langevin steps after each of them.")
     bridge_learning_rate: float = setting(5e-4, "Learning rate of both networks, falling to 0 over the run.")
     bridge_ema_decay: float = setting(0.995, "Decay of the averages of their weights, which simulate.")
     control_energy: float = setting(0.0, "Weight of the control energy in the joint objective.")
@@ -98,8 +99,9 @@ class BridgeConfig(TrainingConfig):
         for name in ("bridge_stages", "bridge_steps", "bridge_paths", "bridge_refresh", "bridge_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        if self.control_energy < 0:
-            raise ValueError(f"`control_energy` must not be negative, got {self.control_energy}.")
+        for name in ("control_energy", "bridge_corrector_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if self.lambda_varies:
             raise ValueError("`lambda_varies` gives no reference for a bridge: leave it out.")
         if self.prior_dataset_name and (self.prior_dataset_name not in TOYS or not self.is_toy):
@@ -163,7 +165,9 @@ class BridgeTrainer:
         self.sides = {direction: self._side(network) for direction, network in networks.items()}
         pipeline = self.pipeline
         policies = (self._in_precision(pipeline._forward_policy), self._in_precision(pipeline._backward_policy))
-        self.process = TwoSidedProcess(start.scheduler, *policies, config.bridge_num_steps or None)
+        self.process = TwoSidedProcess(
+            start.scheduler, *policies, config.bridge_num_steps or None, config.bridge_corrector_steps
+        )
         self.generator = torch.Generator(self.accelerator.device)
         self.half, self.seconds = 0, 0.0
         self.losses: list[float] = []

@@ -11,13 +11,16 @@ import pytest
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from diffusers_vsdm import VSDMPipeline
+from diffusers_vsdm import BridgePipeline, VSDMPipeline
 from diffusers_vsdm.hub.cards import render_card
 from diffusers_vsdm.hub.publishing import publish
 from diffusers_vsdm.trainer import TrainingConfig, train
+from diffusers_vsdm.trainer.bridge import BridgeResult, train_bridge
+from diffusers_vsdm.trainer.bridge_report import write_bridge_report
 from diffusers_vsdm.trainer.report import write_report
 
 from .hub_server import ROOT, Hub
+from .test_bridge_trainer import tiny as tiny_bridge
 from .test_classes import conditional
 from .test_pipeline import generator
 from .test_ways_in import SAMPLE, WAYS
@@ -123,6 +126,34 @@ def test_a_private_run_is_pushed_and_loads_in_every_way(hub, tmp_path, monkeypat
         outcome = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True)
         assert outcome.returncode == 0, (way, outcome.stderr.decode()[-2000:])
         assert np.array_equal(np.load(folder / "samples.npy"), expected), way
+
+
+@pytest.mark.parametrize("prior", ["", "moons"])
+def test_a_bridge_is_pushed_whole_and_its_card_works(client, tmp_path, prior):
+    """Both networks; what its card shows is run as it stands."""
+    settings = {"prior_dataset_name": "moons", "ddpm_beta_schedule": "brownian", "sigma_max": 1.0} if prior else {}
+    config = tiny_bridge(
+        output_dir=str(tmp_path / "bridge"),
+        dataset_name="8gaussians",
+        num_eval_samples=50,
+        standardize=not prior,
+        **settings,
+    )
+    pipeline = train_bridge(config).pipeline
+    write_bridge_report(config, BridgeResult(pipeline, pipeline, [], 0.0, 0.0))
+    publish(tmp_path / "bridge", "alice/bridge")
+    folder = client.snapshot_download("alice/bridge", cache_dir=tmp_path / "cache")
+    found = BridgePipeline.from_pretrained(folder)
+    for mine, theirs in ((pipeline.unet, found.unet), (pipeline.forward_unet, found.forward_unet)):
+        theirs = theirs.state_dict()
+        assert all(np.array_equal(tensor, theirs[name]) for name, tensor in mine.state_dict().items())
+    card = (Path(folder) / "README.md").read_text()
+    namespace = {}
+    code = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1]
+    exec(code.replace("alice/bridge", folder), namespace)
+    assert namespace["latents"].shape == (1000, 2)
+    assert "Bridge" in card and ("`moons`" in card) == bool(prior) and "control energy" in card
+    assert "import BridgePipeline" in (tmp_path / "bridge" / "pipeline.py").read_text()
 
 
 def test_a_model_of_classes_comes_back_from_the_hub(hub, client, tmp_path):

@@ -10,9 +10,9 @@ import sys
 
 from transformers import HfArgumentParser
 
-from diffusers_vsdm.hub.publishing import create_repository, publish
 from diffusers_vsdm.trainer import Trainer, TrainingConfig
 from diffusers_vsdm.trainer.processes import process_state
+from diffusers_vsdm.trainer.pushing import push, repository_for
 from diffusers_vsdm.trainer.report import write_report
 
 
@@ -22,10 +22,8 @@ def main() -> None:
     try:
         (config,) = HfArgumentParser(TrainingConfig, description=__doc__).parse_args_into_dataclasses()
         if state.is_main_process:
-            folder = config.prepare_output_dir()
-            if config.push_to_hub:  # before the work, not after it
-                name = config.hub_model_id or folder.resolve().name
-                repo_id = create_repository(name, config.hub_private_repo or None, config.hub_revision or None)
+            config.prepare_output_dir()
+            repo_id = repository_for(config)
         trainer = Trainer(config)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"train_vsdm.py: {error}")
@@ -37,16 +35,12 @@ def main() -> None:
         f"\n{result.seconds:.0f} s of training, {100 * metrics['sa_share']:.1f}% of it in"
         f" stochastic approximation; everything is in {config.output_dir}/"
     )
-    if not config.push_to_hub:
+    if repo_id is None:
         return
     try:
-        commit = publish(folder, repo_id, revision=config.hub_revision or None, tag=config.hub_tag or None)
-    except Exception as error:
-        sys.exit(
-            f"train_vsdm.py: the model could not be pushed ({error}). It is whole in {folder}; push it with"
-            f" `diffusers_vsdm.hub.publishing.publish({str(folder)!r}, {repo_id!r})`."
-        )
-    print(f"It is on the Hub: {commit}")
+        print(f"It is on the Hub: {push(config, repo_id)}")
+    except RuntimeError as error:
+        sys.exit(f"train_vsdm.py: {error}")
 
 
 if __name__ == "__main__":

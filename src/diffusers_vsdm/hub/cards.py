@@ -6,17 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Template
+from jinja2 import Environment, FileSystemLoader, Template
 
 from ..data import TOYS
 from ..files import write_atomically
 
 
-TEMPLATE = Path(__file__).with_name("model_card_template.md")
+TEMPLATE, BRIDGE_TEMPLATE = "model_card_template.md", "bridge_card_template.md"
 GENERATED = re.compile(r"<!-- generated: (\w+) -->.*?<!-- end -->\n?", flags=re.DOTALL)
 METRIC_NAMES = {
     "w2_standardized": "2-Wasserstein distance, standardised axes",
+    "w2_sde": "2-Wasserstein distance, backward SDE",
+    "w2_ode": "2-Wasserstein distance, probability flow",
     "w2_floor": "the same between two samples of the data",
+    "w2_forward": "2-Wasserstein distance of the forward end",
+    "w2_forward_floor": "the same between two samples of the prior",
+    "control_energy": "control energy, nats",
 }
 
 
@@ -61,7 +66,8 @@ def render_card(
         or None,
     )
     location = repo_id or _location(folder)
-    card = ModelCard(_template().render(model_name=name, location=location, is_toy=is_toy, rows=rows, **record))
+    template = _template(BRIDGE_TEMPLATE if "objective" in config else TEMPLATE)
+    card = ModelCard(template.render(model_name=name, location=location, is_toy=is_toy, rows=rows, **record))
     card.data = data
     path = folder / "README.md"
     old = ModelCard(path.read_text()) if path.exists() else None
@@ -74,9 +80,9 @@ def render_card(
 
 
 @functools.cache
-def _template() -> Template:
+def _template(name: str) -> Template:
     """Compiled once; that is half of rendering."""
-    return Template(TEMPLATE.read_text())
+    return Environment(loader=FileSystemLoader(Path(__file__).parent)).get_template(name)
 
 
 def _location(folder: Path) -> str:

@@ -11,7 +11,7 @@ from .cards import render_card
 
 # what a model is; checkpoints, logs and whatever else lies beside it stays where it is
 FILES = ("README.md", "model_index.json", "pipeline.py", "metrics.json", "samples.png", "drift.png")
-FOLDERS = ("unet", "scheduler", "normalizer")
+FOLDERS = ("unet", "forward_unet", "scheduler", "normalizer")
 
 
 def create_repository(
@@ -45,7 +45,7 @@ def publish(
     commit_message: str = "A variational Schrödinger diffusion model",
     token: str | None = None,
 ) -> str:
-    """Push a folder that `training/train_vsdm.py` left, in one commit: it is on the Hub whole or not at all.
+    """Push a folder that a training script left, in one commit: it is on the Hub whole or not at all.
 
     The card is rendered anew with the repository's name, and what was written into it by hand, here or on the Hub,
     is kept; of two such texts this folder's counts. Files of the repository that the folder does not have stay there.

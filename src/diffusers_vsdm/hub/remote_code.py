@@ -13,13 +13,13 @@ CONTENT = '''"""Loads this folder without an import of your own: `pip install di
 By a name on the Hub `import diffusers_vsdm` comes first, with or without `custom_pipeline`.
 """
 
-from diffusers_vsdm import VSDMPipeline
+from diffusers_vsdm import {name}
 
 
-__all__ = ["VSDMPipeline"]
+__all__ = ["{name}"]
 '''
 
 
-def write_remote_code(folder: Path) -> None:
-    """Write `pipeline.py` into a model's folder."""
-    write_atomically(folder / FILE_NAME, CONTENT.encode())
+def write_remote_code(folder: Path, name: str = "VSDMPipeline") -> None:
+    """Write `pipeline.py` into the folder of a pipeline of this class."""
+    write_atomically(folder / FILE_NAME, CONTENT.format(name=name).encode())

@@ -108,10 +108,6 @@ class BridgeConfig(TrainingConfig):
             raise ValueError(f"`prior_dataset_name` must be one of {tuple(TOYS)}, and the data a toy too.")
         if self.class_conditional:
             raise ValueError("`class_conditional` is not for bridges: leave it out.")
-        if self.push_to_hub:
-            raise ValueError(
-                "`push_to_hub` is not for bridges yet: push what is saved by `pipeline.push_to_hub(name)`."
-            )
         if self.prior_dataset_name and self.standardize:
             raise ValueError("`standardize` is of one data set: leave it out between two.")
 

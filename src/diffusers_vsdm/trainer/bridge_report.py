@@ -1,4 +1,4 @@
-"""The output of a bridge's run: pipeline, metrics.json and samples.png."""
+"""The output of a bridge's run: pipeline, metrics.json, samples.png and the model card."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..data import sample_toy
 from ..files import write_atomically
+from ..hub.cards import render_card
+from ..hub.remote_code import write_remote_code
 from ..metrics.transport import wasserstein2
 from ..pipelines import BridgePipeline
 from ..schedulers import VSDMScheduler
@@ -17,15 +19,15 @@ from .pictures import EVALUATION_SEED, picture_paths, picture_samples
 from .report import versions
 
 
-FLOW_STEPS = 50  # of heun
+FLOW_STEPS = 50  # of heun, or as many as training times
 
 
 def evaluate_bridge(config: BridgeConfig, pipeline: BridgePipeline) -> tuple[dict[str, Any], Tensor]:
     r"""How far the samples of a bridge of toys are from the data, and what the way there costs.
 
     Returns:
-        `w2_sde` of the backward SDE over all training times, `w2_ode` of the probability flow in 99 network calls,
-        `w2_forward` of the other end, each with the `..._floor` of two samples of the truth; `control_energy`,
+        `w2_sde` of the backward SDE over all training times, `w2_ode` of the probability flow in at most 99 network
+        calls, `w2_forward` of the other end, each with the `..._floor` of two samples of the truth; `control_energy`,
         $\frac12 \int E |z_f|^2 dg$. W2 is on standardised axes, but between two data sets in their units. And the
         paths of the SDE, from the prior, `(num_times, n, d)`.
     """
@@ -56,7 +58,9 @@ def evaluate_bridge(config: BridgeConfig, pipeline: BridgePipeline) -> tuple[dic
         pipeline.unet, scheduler, pipeline.normalizer, pipeline.forward_unet, prior=pipeline.config["prior"]
     )
     flow.set_progress_bar_config(disable=True)
-    (by_flow,) = flow(n, generator, FLOW_STEPS, latents=start, output_type="pt", return_dict=False)
+    (by_flow,) = flow(
+        n, generator, min(FLOW_STEPS, len(scheduler)), latents=start, output_type="pt", return_dict=False
+    )
     energy = 0.5 * (torch.diff(process.g) @ controls.double().square().flatten(2).sum(2).mean(1))
     return {
         "w2_sde": w2(paths[-1], data),
@@ -92,4 +96,6 @@ def write_bridge_report(config: BridgeConfig, result: BridgeResult) -> dict[str,
         picture_samples(pipeline, config.eval_batch_size, steps).save(folder / "samples.png")
     record = {"metrics": metrics, "config": config.public(), "command": config.command(), "versions": versions()}
     write_atomically(folder / "metrics.json", (json.dumps(record, indent=2) + "\n").encode())
+    render_card(folder, record)
+    write_remote_code(folder, type(pipeline).__name__)
     return record

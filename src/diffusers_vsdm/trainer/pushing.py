@@ -1,0 +1,34 @@
+"""Pushing what a training script leaves, as its settings say."""
+
+from pathlib import Path
+
+from ..hub.publishing import create_repository, publish
+from .config import TrainingConfig
+
+
+def repository_for(config: TrainingConfig) -> str | None:
+    """Make sure, before the work, that the model can be pushed; returns the repository, or None without a push.
+
+    Raises:
+        HfHubHTTPError: The Hub refuses; its message says why.
+    """
+    if not config.push_to_hub:
+        return None
+    name = config.hub_model_id or Path(config.output_dir).resolve().name
+    return create_repository(name, config.hub_private_repo or None, config.hub_revision or None)
+
+
+def push(config: TrainingConfig, repo_id: str) -> str:
+    """Push the model in `config.output_dir`; returns the commit's address.
+
+    Raises:
+        RuntimeError: It could not be pushed; the message says how to do so later.
+    """
+    folder = Path(config.output_dir)
+    try:
+        return publish(folder, repo_id, revision=config.hub_revision or None, tag=config.hub_tag or None)
+    except Exception as error:
+        raise RuntimeError(
+            f"the model could not be pushed ({error}). It is whole in {folder}; push it with"
+            f" `diffusers_vsdm.hub.publishing.publish({str(folder)!r}, {repo_id!r})`."
+        ) from error

@@ -43,6 +43,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "SB-FBSDE, joint, control energy 0.1": BRIDGE
     | {"objective": "joint", "bridge_steps": HALF // JOINT_SCALE, "bridge_num_steps": 20, "control_energy": 0.1},
 }
+# how soon VSDM is as good
+SHORTER = {
+    f"VSDM, beta_max 10, {n} steps": METHODS["VSDM, beta_max 10"] | {"max_train_steps": n} for n in (600, 1200, 2400)
+}
+# as the script does without being told
+DEFAULTS = {"SB-FBSDE, matching, longer": {"objective": "matching", "beta_max": 3.0, "baseline": "sgm"}}
+EXTRA = {"spiral-8y": SHORTER, "8gaussians": DEFAULTS}
 TOYS = ("8gaussians", "moons", "checkerboard", "spiral-8y")
 BETWEEN = {"moons to 8gaussians": {"dataset_name": "8gaussians", "prior_dataset_name": "moons"}}
 HALF_BRIDGES = ("SB-FBSDE, matching", "SB-FBSDE, alternating")
@@ -63,11 +70,12 @@ def run_toy(job: tuple[str, str, int]) -> dict[str, Any]:
     from diffusers_vsdm.trainer.bridge_report import evaluate_bridge
 
     problem, method, seed = job
+    methods = METHODS | EXTRA.get(problem, {})
     settings: dict[str, Any] = {"max_train_steps": STEPS, "seed": seed, "num_likelihood_samples": 0}
     if problem in BETWEEN:
-        settings |= METHODS[method] | BETWEEN[problem] | {"ddpm_beta_schedule": "brownian", "sigma_max": 1.5}
+        settings |= methods[method] | BETWEEN[problem] | {"ddpm_beta_schedule": "brownian", "sigma_max": 1.5}
     else:
-        settings |= {"dataset_name": problem, "standardize": True} | METHODS[method]
+        settings |= {"dataset_name": problem, "standardize": True} | methods[method]
     config = BridgeConfig(**settings)
     if method.startswith("SB"):
         result = train_bridge(config)
@@ -76,7 +84,7 @@ def run_toy(job: tuple[str, str, int]) -> dict[str, Any]:
     else:
         trained = train(config)
         pipeline = BridgePipeline(trained.pipeline.unet, trained.pipeline.scheduler, trained.pipeline.normalizer)
-        seconds, per_step = trained.seconds, trained.seconds / STEPS
+        seconds, per_step = trained.seconds, trained.seconds / config.max_train_steps
     metrics, _ = evaluate_bridge(config, pipeline)
     metrics |= {"seconds": seconds, "seconds per step": per_step}
     if problem == "8gaussians":
@@ -103,7 +111,8 @@ def log_density(x: torch.Tensor) -> torch.Tensor:
 def toys() -> list[tuple[str, str]]:
     """Problems and methods; joint training, which is slow, on one toy."""
     jobs = [(toy, method) for toy in TOYS for method in METHODS if toy == TOYS[0] or "joint" not in method]
-    return jobs + [(problem, method) for problem in BETWEEN for method in HALF_BRIDGES]
+    jobs += [(problem, method) for problem in BETWEEN for method in HALF_BRIDGES]
+    return jobs + [(problem, method) for problem, methods in EXTRA.items() for method in methods]
 
 
 def run_transport(job: tuple[str, str, int]) -> dict[str, Any]:

@@ -101,6 +101,8 @@ def test_controls_belong_to_their_points():
         path, controls = process.run(data(3), direction, torch.Generator().manual_seed(0))
         for j, k in enumerate(process.times[1:]):
             torch.testing.assert_close(controls[j], policy(path[j + 1], k.expand(3)))
+        end = process.arrive(data(3), direction, torch.Generator().manual_seed(0))
+        assert torch.equal(end, path[-1 if direction > 0 else 0])
 
 
 @pytest.mark.parametrize("direction", [1, -1])

@@ -21,7 +21,8 @@ References:
 """
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -113,14 +114,30 @@ class TwoSidedProcess:
         Raises:
             FloatingPointError: A path is not finite; the message tells the training time.
         """
+        path, controls = [start], []
+        for x, z in self._steps(start, direction, generator):
+            path.append(x)
+            controls.append(z)
+        if direction > 0:
+            controls = [*controls[1:], self._at(self.forward, path[-1], self.times[-1])]
+        return torch.stack(path[::direction]), torch.stack(controls[::direction])
+
+    def arrive(self, start: Tensor, direction: int, generator: torch.Generator | None = None) -> Tensor:
+        """Where the paths of [`run`] end, of which no more is kept; `(n, *event_shape)`."""
+        ((end, _),) = deque(self._steps(start, direction, generator), maxlen=1)
+        return end
+
+    def _steps(
+        self, start: Tensor, direction: int, generator: torch.Generator | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The point after each step, and the z that led there."""
         a, c, s = self.coefficients(start, direction)
         basis, policy = self.scheduler.basis(start), self.forward if direction > 0 else self.backward
         order = range(len(self)) if direction > 0 else range(len(self) - 1, -1, -1)
-        x, path, controls = start, [start], []
+        x = start
         for j in order:
             k = self.times[j] if direction > 0 else self.times[j + 1]
             z = self._at(policy, x, k)
-            controls.append(z)
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
             moved = a[j] * basis.to_basis(x) + c[j] * basis.to_basis(z) + s[j] * basis.to_basis(noise)
             x = basis.from_basis(moved)
@@ -130,10 +147,7 @@ class TwoSidedProcess:
             if not torch.isfinite(x).all():
                 name = "forward" if direction > 0 else "backward"
                 raise FloatingPointError(f"The {name} paths are not finite after training time {int(k)}.")
-            path.append(x)
-        if direction > 0:
-            controls = [*controls[1:], self._at(policy, x, self.times[-1])]
-        return torch.stack(path[::direction]), torch.stack(controls[::direction])
+            yield x, z
 
     def matching_target(
         self, ends: tuple[Tensor, Tensor], at: Tensor, direction: int, generator: torch.Generator | None = None

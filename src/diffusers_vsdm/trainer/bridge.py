@@ -61,6 +61,7 @@ from .setup import build_data, build_network
 
 OBJECTIVES = ("matching", "alternating", "joint")
 FORWARD, BACKWARD = 1, -1
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -214,27 +215,29 @@ class BridgeTrainer:
         losses: list[Tensor] = []
         for step, generator in self._steps(f"Half bridge {self.half + 1}/{self.num_halves}"):
             if step % config.bridge_refresh == 0:
-                paths, controls = self._simulate(-direction)
-            draw: dict[str, Any] = {"size": (config.train_batch_size,), "generator": generator, "device": paths.device}
-            which, step_of = torch.randint(paths.shape[1], **draw), torch.randint(len(self.process), **draw)
-            loss = loss_of(paths, controls, which, step_of, direction, generator)
+                simulated = self._simulate(-direction)
+            draw: dict[str, Any] = {"size": (config.train_batch_size,), "generator": generator}
+            draw["device"] = self.accelerator.device
+            which, step_of = torch.randint(config.bridge_paths, **draw), torch.randint(len(self.process), **draw)
+            loss = loss_of(simulated, which, step_of, direction, generator)
             losses = [*losses[-99:], self._descend(loss, direction)]
         return float(torch.stack(losses).mean())
 
     def _between_ends(
-        self, paths: Tensor, _: Tensor, which: Tensor, step_of: Tensor, direction: int, generator: torch.Generator
+        self, ends: Pair, which: Tensor, step_of: Tensor, direction: int, generator: torch.Generator
     ) -> Tensor:
-        """Of the reference's bridges between the ends of these paths, at the times where the network's steps start."""
+        """Of the reference's bridges between these ends, at the times where the network's steps start."""
         process, at = self.process, step_of if direction == FORWARD else step_of + 1
-        ends = paths[0, which], paths[-1, which]
+        ends = ends[0][which], ends[1][which]
         x, target, scale = process.matching_target(ends, at, direction, generator)
         error = self._own(direction)(x, process.times.to(x.device)[at].clamp(min=0)) - target
         return (scale * process.scheduler.basis(x).to_basis(error)).square().flatten(1).sum(1).mean()
 
     def _along_paths(
-        self, paths: Tensor, controls: Tensor, which: Tensor, at: Tensor, direction: int, generator: torch.Generator
+        self, simulated: Pair, which: Tensor, at: Tensor, direction: int, generator: torch.Generator
     ) -> Tensor:
         """Of 8a or 8b, on the paths' own points."""
+        paths, controls = simulated
         x, k = paths[at + 1, which], self.process.times.to(paths.device)[at + 1]
         probe = draw_probe(x, self._divergence(x), generator)
         mine, trace = divergence(partial(_at, self._own(direction), k), x, probe, create_graph=True)
@@ -278,11 +281,14 @@ class BridgeTrainer:
             yield step, self.generator
 
     @torch.no_grad()
-    def _simulate(self, direction: int) -> tuple[Tensor, Tensor]:
-        """Paths with the averaged weights, and the controls along them."""
-        side = self.sides[direction]
+    def _simulate(self, direction: int) -> Pair:
+        """Paths with the averaged weights, and the controls along them; to match their ends, x_0 and x_T alone."""
+        side, start = self.sides[direction], self._ends(direction, self.config.bridge_paths)
         with averaged(side.network, side.ema):
-            return self.process.run(self._ends(direction, self.config.bridge_paths), direction, self.generator)
+            if self.config.objective != "matching":
+                return self.process.run(start, direction, self.generator)
+            end = self.process.arrive(start, direction, self.generator)
+        return (start, end) if direction == FORWARD else (end, start)
 
     def _ends(self, direction: int, number: int) -> Tensor:
         """Samples of the data (forward) or of the prior (backward), in model units."""

@@ -90,7 +90,8 @@ def write_bridge_report(config: BridgeConfig, result: BridgeResult) -> dict[str,
         data = sample_toy(
             config.dataset_name, config.num_eval_samples, torch.Generator().manual_seed(EVALUATION_SEED + 1)
         )
-        picture_paths(data, paths, "backward process").save(folder / "samples.png")
+        start = config.prior_dataset_name or "noise"
+        picture_paths(data, paths, "backward process", start).save(folder / "samples.png")
     elif not config.is_toy:
         steps = config.ddpm_num_inference_steps or None
         picture_samples(pipeline, config.eval_batch_size, steps).save(folder / "samples.png")

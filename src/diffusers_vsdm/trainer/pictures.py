@@ -120,13 +120,14 @@ def picture_drift(lambdas: Tensor, final: Tensor, unit: str = "", varies: bool =
     return _as_picture(figure)
 
 
-def picture_paths(data: Tensor, paths: Tensor, title: str = "probability flow") -> Image.Image:
+def picture_paths(data: Tensor, paths: Tensor, title: str = "probability flow", start: str = "noise") -> Image.Image:
     """Data, samples, and some paths to them, on the same axes.
 
     Args:
         data: `(n, d)`.
         paths: `(num_times, n, d)`, from noise to samples.
         title: What paths they are.
+        start: What they start from.
     """
     low, high = (data[:, :2].quantile(q, dim=0).tolist() for q in (0.001, 0.999))
     some = paths[:, :60, :2].numpy()
@@ -136,7 +137,7 @@ def picture_paths(data: Tensor, paths: Tensor, title: str = "probability flow") 
         axes.scatter(*points[:, :2].T, s=1.5, linewidths=0, color="tab:blue")
         axes.set_title(name)
     panels[2].plot(some[:, :, 0], some[:, :, 1], color="0.6", linewidth=0.6)
-    panels[2].scatter(*some[0].T, s=5, color="tab:orange", label="noise", zorder=2)
+    panels[2].scatter(*some[0].T, s=5, color="tab:orange", label=start, zorder=2)
     panels[2].scatter(*some[-1].T, s=5, color="tab:blue", label="samples", zorder=3)
     panels[2].set_title(title)
     panels[2].legend(fontsize="small", markerscale=2)

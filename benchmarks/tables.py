@@ -68,6 +68,11 @@ def axes(key: str, digits: int) -> Callable[[list[dict[str, Any]]], str]:
     return lambda runs: " / ".join(spread([run[key][i] for run in runs], digits) for i in range(len(runs[0][key])))
 
 
+def in_order(record: dict[str, Any]) -> dict[str, Any]:
+    """With the runs sorted by name: several processes leave them as they finish."""
+    return record | {"runs": sorted(record["runs"], key=lambda run: (run["name"], run["seed"]))}
+
+
 FEW_STEP_DEFAULT = "trig 3, quadratic"
 
 
@@ -362,6 +367,31 @@ TABLES: dict[str, tuple] = {
             "calls of it": each("bound_evaluations", 0),
             "of it reconstruction": each("reconstruction", 3, 1 / (768 * math.log(2))),
         },
+    ),
+    "bridges_toys": (
+        "bridges_toys.json",
+        {
+            "W2, SDE": each("w2_sde", 3),
+            "W2, flow": each("w2_ode", 3),
+            "floor": each("w2_floor", 3),
+            "W2, forward end": each("w2_forward", 3),
+            "its floor": each("w2_forward_floor", 3),
+            "NLL above the truth, nats": each("nll excess", 3),
+            "ms a step": each("seconds per step", 1, 1000),
+            "seconds": each("seconds", 0),
+        },
+        in_order,
+    ),
+    "bridges_transport": (
+        "bridges_transport.json",
+        {
+            "cBW2-UVP, %": each("cBW2-UVP", 2),
+            "of the plan": each("cBW2-UVP floor", 2),
+            "BW2-UVP, %": each("BW2-UVP", 2),
+            "of the plan's ends": each("BW2-UVP floor", 2),
+            "seconds": each("seconds", 0),
+        },
+        in_order,
     ),
     "images_pilot": (
         "images_pilot.json",

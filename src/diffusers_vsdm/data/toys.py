@@ -5,6 +5,8 @@ r"""Two-dimensional distributions, sampled from a `torch.Generator`.
 
 References:
     Deng et al. (2024), "Variational Schrödinger Diffusion Models", section 7.2.
+    Tong et al. (2024), "Improving and Generalizing Flow-Based Generative Models with Minibatch Optimal Transport": the
+        scales of `8gaussians-wide` and `moons-wide`.
 """
 
 import math
@@ -45,11 +47,27 @@ def eight_gaussians(n: int, generator: Generator | None = None) -> Tensor:
 
 def moons(n: int, generator: Generator | None = None) -> Tensor:
     """Two interleaved half circles of radius 2, noise 0.14, centred."""
+    return _around(2 * _half_circles(n, generator), 0.14, generator)
+
+
+def _half_circles(n: int, generator: Generator | None) -> Tensor:
+    """Of radius 1, about their centre."""
     angle = math.pi * _uniform(n, generator)
     upper = torch.rand(n, generator=generator) < 0.5
     x = torch.where(upper, angle.cos(), 1 - angle.cos()) - 0.5
     y = torch.where(upper, angle.sin(), 0.5 - angle.sin()) - 0.25
-    return _around(2 * torch.stack([x, y], dim=1), 0.14, generator)
+    return torch.stack([x, y], dim=1)
+
+
+def eight_gaussians_wide(n: int, generator: Generator | None = None) -> Tensor:
+    """Eight modes on a circle of radius 5, variance 0.1: those that flow matching and bridges are compared on."""
+    angle = torch.randint(0, 8, (n,), generator=generator) * (math.pi / 4)
+    return _around(5 * torch.stack([angle.cos(), angle.sin()], dim=1), math.sqrt(0.1), generator)
+
+
+def moons_wide(n: int, generator: Generator | None = None) -> Tensor:
+    """Half circles of radius 3, noise 0.6, about (0.5, -0.25): as [`eight_gaussians_wide`]."""
+    return 3 * _around(_half_circles(n, generator), 0.2, generator) + torch.tensor([0.5, -0.25])
 
 
 def swissroll(n: int, generator: Generator | None = None) -> Tensor:
@@ -89,7 +107,9 @@ TOYS: dict[str, Callable[[int, Generator | None], Tensor]] = {
     "checkerboard": checkerboard,
     "checkerboard-6x": _stretched(checkerboard, 6.0, 1.0),
     "8gaussians": eight_gaussians,
+    "8gaussians-wide": eight_gaussians_wide,
     "moons": moons,
+    "moons-wide": moons_wide,
     "swissroll": swissroll,
     "gaussian": gaussian,
     "gaussian-centered": _shifted(gaussian, 8.0, -2.0),

@@ -51,7 +51,16 @@ SHORTER = {
 DEFAULTS = {"SB-FBSDE, matching, longer": {"objective": "matching", "beta_max": 3.0, "baseline": "sgm"}}
 EXTRA = {"spiral-8y": SHORTER, "8gaussians": DEFAULTS}
 TOYS = ("8gaussians", "moons", "checkerboard", "spiral-8y")
-BETWEEN = {"moons to 8gaussians": {"dataset_name": "8gaussians", "prior_dataset_name": "moons"}}
+BETWEEN: dict[str, dict[str, Any]] = {
+    "moons to 8gaussians": {"dataset_name": "8gaussians", "prior_dataset_name": "moons", "sigma_max": 1.5},
+    # the literature's scale and number of samples
+    "moons to 8gaussians, wide": {
+        "dataset_name": "8gaussians-wide",
+        "prior_dataset_name": "moons-wide",
+        "sigma_max": 1.0,
+        "num_eval_samples": 10_000,
+    },
+}
 HALF_BRIDGES = ("SB-FBSDE, matching", "SB-FBSDE, alternating")
 LIKELIHOODS = 10_000
 DIMENSIONS = {"d = 2": 2, "d = 16": 16, "d = 64": 64}
@@ -73,7 +82,7 @@ def run_toy(job: tuple[str, str, int]) -> dict[str, Any]:
     methods = METHODS | EXTRA.get(problem, {})
     settings: dict[str, Any] = {"max_train_steps": STEPS, "seed": seed, "num_likelihood_samples": 0}
     if problem in BETWEEN:
-        settings |= methods[method] | BETWEEN[problem] | {"ddpm_beta_schedule": "brownian", "sigma_max": 1.5}
+        settings |= methods[method] | BETWEEN[problem] | {"ddpm_beta_schedule": "brownian"}
     else:
         settings |= {"dataset_name": problem, "standardize": True} | methods[method]
     config = BridgeConfig(**settings)

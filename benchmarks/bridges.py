@@ -63,6 +63,9 @@ BETWEEN: dict[str, dict[str, Any]] = {
 }
 HALF_BRIDGES = ("SB-FBSDE, matching", "SB-FBSDE, alternating")
 LIKELIHOODS = 10_000
+BETWEEN_ENDS = {"SGM": {"baseline": "sgm"}, "VSDM": {"baseline": "none"}} | {
+    name: METHODS[name] for name in HALF_BRIDGES
+}
 DIMENSIONS = {"d = 2": 2, "d = 16": 16, "d = 64": 64}
 EPSILONS = (0.1, 1, 10)
 ROWS, COLUMNS = 100, 1000  # samples of the source, and of the law given each of them
@@ -143,7 +146,7 @@ def run_transport(job: tuple[str, str, int]) -> dict[str, Any]:
         return transport.sample(source(n, generator), generator)
 
     known |= {"source": source, "target": target}
-    settings = METHODS[method] | {"beta_max": 10.0, "num_likelihood_samples": 0, "num_eval_samples": 0, "seed": seed}
+    settings = BETWEEN_ENDS[method] | {"num_likelihood_samples": 0, "num_eval_samples": 0, "seed": seed}
     settings |= {"dataset_name": "target", "prior_dataset_name": "source", "prediction_type": "edm"}
     settings |= {"ddpm_beta_schedule": "brownian", "sigma_max": epsilon**0.5}
     config = BridgeConfig(**({"max_train_steps": STEPS} | settings))
@@ -168,9 +171,8 @@ def run_transport(job: tuple[str, str, int]) -> dict[str, Any]:
 
 def transports() -> list[tuple[str, str]]:
     """Problems and methods."""
-    methods = ("SGM, beta_max 10", "VSDM, beta_max 10", "SB-FBSDE, matching", "SB-FBSDE, alternating")
     problems = [f"{dimension}, epsilon {epsilon}" for dimension in DIMENSIONS for epsilon in EPSILONS]
-    return [(problem, method) for problem in problems for method in methods]
+    return [(problem, method) for problem in problems for method in BETWEEN_ENDS]
 
 
 STUDIES = {"toys": (toys, run_toy), "transport": (transports, run_transport)}

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_vsdm import VSDMPipeline, VSDMScheduler
-from diffusers_vsdm.hub.remote_code import CONTENT, FILE_NAME, write_remote_code
+from diffusers_vsdm.hub.remote_code import FILE_NAME, write_remote_code
 
 from .test_pipeline import generator, images, vectors
 
@@ -65,8 +65,9 @@ def test_fresh_processes_sample_the_same_bits(saved, way):
     (folder / "samples.npy").unlink()
 
 
-def test_the_remote_file_is_the_generated_one():
-    assert (Path(__file__).parents[1] / "pipelines" / FILE_NAME).read_text() == CONTENT
+def test_the_remote_file_is_the_generated_one(tmp_path):
+    write_remote_code(tmp_path)
+    assert (Path(__file__).parents[1] / "pipelines" / FILE_NAME).read_text() == (tmp_path / FILE_NAME).read_text()
 
 
 @pytest.mark.parametrize("make", [vectors, images])

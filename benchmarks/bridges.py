@@ -22,6 +22,9 @@ from typing import Any
 
 import torch
 
+from diffusers_vsdm.objectives import Estimate
+from tests.problems import GaussianMixture
+
 from .entropic import EntropicTransport, unexplained_variance
 from .tables import RESULTS
 
@@ -103,21 +106,20 @@ def run_toy(job: tuple[str, str, int]) -> dict[str, Any]:
         data = sample_toy(problem, LIKELIHOODS, torch.Generator().manual_seed(99))
         started = time.perf_counter()
         found = pipeline.log_likelihood(data)
-        excess = log_density(data) - found.value
+        excess = Estimate.of(eight_gaussians().log_prob(data) - found.value)
         metrics |= {
-            "nll excess": float(excess.mean()),
-            "nll excess error": float(excess.std() / len(excess) ** 0.5),
+            "nll excess": excess.value,
+            "nll excess error": excess.standard_error,
             "nll seconds": time.perf_counter() - started,
         }
     return {"name": f"{problem}, {method}", "seed": seed, "metrics": metrics, "config": config.public()}
 
 
-def log_density(x: torch.Tensor) -> torch.Tensor:
-    """Of the toy of 8 gaussians."""
+def eight_gaussians() -> GaussianMixture:
+    """The toy of this name."""
     angle = torch.arange(8, dtype=torch.float64) * torch.pi / 4
     centers = 2.5 * torch.stack([angle.cos(), angle.sin()], 1)
-    squares = (x.double()[:, None] - centers).square().sum(2) / (2 * 0.18**2)
-    return torch.logsumexp(-squares, 1) - torch.log(8 * 2 * torch.pi * torch.tensor(0.18, dtype=torch.float64) ** 2)
+    return GaussianMixture(centers, torch.full((2,), 0.18**2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
 
 
 def toys() -> list[tuple[str, str]]:
@@ -161,8 +163,8 @@ def run_transport(job: tuple[str, str, int]) -> dict[str, Any]:
     rows, reference = source(ROWS, generator), target(REFERENCE, generator)
     starts = rows.repeat_interleave(COLUMNS, 0)
     with torch.no_grad():
-        path, _ = pipeline.process().run(starts, -1, generator)
-    metrics = unexplained_variance(transport, rows, path[0].reshape(ROWS, COLUMNS, dimension), reference)
+        ends = pipeline.process().arrive(starts, -1, generator)
+    metrics = unexplained_variance(transport, rows, ends.reshape(ROWS, COLUMNS, dimension), reference)
     exact = transport.sample(starts, generator).reshape(ROWS, COLUMNS, dimension)
     floor = unexplained_variance(transport, rows, exact, reference)
     metrics |= {f"{name} floor": value for name, value in floor.items()} | {"seconds": seconds}

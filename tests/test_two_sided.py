@@ -26,6 +26,14 @@ def reference(num_train_timesteps=200, **settings):
     return scheduler
 
 
+def reference_of_images(basis, lam):
+    scheduler = VSDMScheduler.from_power_law(num_train_timesteps=10, clip_sample=False)
+    drift = AdaptiveDiagonalDrift((3, 4, 4), basis=basis)
+    drift.set_lambda(0.3 + torch.rand(3, 4, 4) if lam is None else lam)
+    scheduler.set_drift(drift)
+    return scheduler
+
+
 def known_bridge(scheduler):
     prior = float(scheduler.prior().std.flatten()[0] ** 2)
     total = float(scheduler.integrated_beta[-1])
@@ -131,10 +139,8 @@ def test_targets_between_ends_are_z_in_the_mean(direction, place):
 @pytest.mark.parametrize("lam", [0.0, 1.0, None])
 def test_points_between_ends_have_the_references_law(basis, lam):
     """The ends of its own paths, in its basis and with its rates: the point between is where it would have been."""
-    scheduler = VSDMScheduler.from_power_law(num_train_timesteps=10, clip_sample=False)
-    drift = AdaptiveDiagonalDrift((3, 4, 4), basis=basis)
-    drift.set_lambda(0.3 + torch.rand(3, 4, 4) if lam is None else lam)
-    scheduler.set_drift(drift)
+    scheduler = reference_of_images(basis, lam)
+    drift = scheduler.drift
     n, place = 20_000, 4
     x_0 = torch.randn(3, 4, 4).double().expand(n, 3, 4, 4)
     process = TwoSidedProcess(scheduler, lambda x, k: 0 * x, lambda x, k: 0 * x)
@@ -154,10 +160,8 @@ def test_points_between_ends_have_the_references_law(basis, lam):
 @pytest.mark.parametrize("lam", [0.0, 1.0, None])
 def test_without_z_it_is_the_reference(basis, lam):
     """In one step or many: the linear part is exact, in the drift's basis."""
-    scheduler = VSDMScheduler.from_power_law(num_train_timesteps=10, clip_sample=False)
-    drift = AdaptiveDiagonalDrift((3, 4, 4), basis=basis)
-    drift.set_lambda(0.3 + torch.rand(3, 4, 4) if lam is None else lam)
-    scheduler.set_drift(drift)
+    scheduler = reference_of_images(basis, lam)
+    drift = scheduler.drift
     n = 20_000
     x = torch.randn(3, 4, 4).double().expand(n, 3, 4, 4)
     process = TwoSidedProcess(scheduler, lambda x, k: 0 * x, lambda x, k: 0 * x, num_steps=3)

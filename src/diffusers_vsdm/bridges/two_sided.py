@@ -83,6 +83,11 @@ class TwoSidedProcess:
     def __len__(self) -> int:
         return len(self.times) - 1
 
+    @property
+    def _lam(self) -> Tensor:
+        drift = self.scheduler.drift
+        return self.scheduler.mean_rate if drift is None else drift.lam
+
     def coefficients(self, like: Tensor, direction: int) -> tuple[Tensor, Tensor, Tensor]:
         """$a$, $c$ and $s$ of every step, `(num_steps, *broadcastable)`, on the sample's device.
 
@@ -90,8 +95,7 @@ class TwoSidedProcess:
             like: A sample `(n, *event_shape)`.
             direction: 1 for forward steps, -1 for backward ones; both in the order of the times.
         """
-        drift = self.scheduler.drift
-        lam = direction * (self.scheduler.mean_rate if drift is None else drift.lam)
+        lam = direction * self._lam
         h = torch.diff(self.g).reshape(-1, *[1] * lam.ndim)
         a, s2 = process.mean_scale(lam, h), process.variance(lam, h)
         found = a, s2 / a, s2.sqrt()
@@ -171,8 +175,7 @@ class TwoSidedProcess:
         start, end = ends
         basis = self.scheduler.basis(start)
         x_0, x_T = basis.to_basis(start), basis.to_basis(end)
-        drift = self.scheduler.drift
-        lam = self.scheduler.mean_rate if drift is None else drift.lam
+        lam = self._lam
         g = self.g[at.cpu()].reshape(-1, *[1] * (start.ndim - 1))
         on_end, on_start, variance = process.posterior(lam, self.g[-1], g)
         far = g if direction < 0 else self.g[-1] - g

@@ -11,6 +11,7 @@ References:
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
@@ -39,10 +40,10 @@ def checkerboard(n: int, generator: Generator | None = None) -> Tensor:
     return math.pi * (cell + torch.rand(n, 2, generator=generator))
 
 
-def eight_gaussians(n: int, generator: Generator | None = None) -> Tensor:
-    """Eight modes on a circle of radius 2.5, standard deviation 0.18."""
+def eight_gaussians(n: int, generator: Generator | None = None, radius: float = 2.5, std: float = 0.18) -> Tensor:
+    """Eight modes on a circle, each with this standard deviation."""
     angle = torch.randint(0, 8, (n,), generator=generator) * (math.pi / 4)
-    return _around(2.5 * torch.stack([angle.cos(), angle.sin()], dim=1), 0.18, generator)
+    return _around(radius * torch.stack([angle.cos(), angle.sin()], dim=1), std, generator)
 
 
 def moons(n: int, generator: Generator | None = None) -> Tensor:
@@ -59,14 +60,8 @@ def _half_circles(n: int, generator: Generator | None) -> Tensor:
     return torch.stack([x, y], dim=1)
 
 
-def eight_gaussians_wide(n: int, generator: Generator | None = None) -> Tensor:
-    """Eight modes on a circle of radius 5, variance 0.1: those that flow matching and bridges are compared on."""
-    angle = torch.randint(0, 8, (n,), generator=generator) * (math.pi / 4)
-    return _around(5 * torch.stack([angle.cos(), angle.sin()], dim=1), math.sqrt(0.1), generator)
-
-
 def moons_wide(n: int, generator: Generator | None = None) -> Tensor:
-    """Half circles of radius 3, noise 0.6, about (0.5, -0.25): as [`eight_gaussians_wide`]."""
+    """Half circles of radius 3, noise 0.6, about (0.5, -0.25)."""
     return 3 * _around(_half_circles(n, generator), 0.2, generator) + torch.tensor([0.5, -0.25])
 
 
@@ -107,7 +102,7 @@ TOYS: dict[str, Callable[[int, Generator | None], Tensor]] = {
     "checkerboard": checkerboard,
     "checkerboard-6x": _stretched(checkerboard, 6.0, 1.0),
     "8gaussians": eight_gaussians,
-    "8gaussians-wide": eight_gaussians_wide,
+    "8gaussians-wide": partial(eight_gaussians, radius=5.0, std=math.sqrt(0.1)),
     "moons": moons,
     "moons-wide": moons_wide,
     "swissroll": swissroll,

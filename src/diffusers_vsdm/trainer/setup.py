@@ -169,6 +169,7 @@ def build_scheduler(
     if prediction_type == "auto":
         # neither epsilon nor v is a well-scaled task where sigma is large
         prediction_type = "edm" if is_exploding else "v_prediction" if len(event_shape) == 1 else "epsilon"
+    settings["prediction_type"] = prediction_type
     if config.pretrained_model_name_or_path:
         stored = VSDMScheduler.load_config(config.pretrained_model_name_or_path, subfolder="scheduler")
         if stored.get("drift_sha256") is not None:
@@ -176,18 +177,16 @@ def build_scheduler(
                 "`pretrained_model_name_or_path` has a learned drift, and its network belongs to that. Start from a"
                 " model without one, or resume the run that made it."
             )
+        del settings["prediction_type"]
         settings.pop("clip_sample", None)
         scheduler = VSDMScheduler.from_config(stored, **settings)
     elif config.ddpm_beta_schedule == POWER_LAW:
-        settings["prediction_type"] = prediction_type
         scheduler = VSDMScheduler.from_power_law(
             config.beta_min, config.beta_max, config.beta_power, config.ddpm_num_steps, **settings
         )
     elif config.ddpm_beta_schedule == BROWNIAN:
-        settings["prediction_type"] = prediction_type
         scheduler = VSDMScheduler.from_brownian(config.sigma_max, config.ddpm_num_steps, **settings)
     elif is_exploding:
-        settings["prediction_type"] = prediction_type
         scheduler = VSDMScheduler.from_variance_exploding(
             config.sigma_min, config.sigma_max, num_train_timesteps=config.ddpm_num_steps, **settings
         )
@@ -195,7 +194,6 @@ def build_scheduler(
         scheduler = VSDMScheduler(
             num_train_timesteps=config.ddpm_num_steps,
             beta_schedule=config.ddpm_beta_schedule,
-            prediction_type=prediction_type,
             **settings,
         )
     lambda_shape = {

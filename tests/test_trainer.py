@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from diffusers_vsdm import MLPModel, VSDMPipeline
-from diffusers_vsdm.trainer import TrainingConfig, loop, setup, train
+from diffusers_vsdm.trainer import TrainingConfig, algorithm, loop, setup, train
 from diffusers_vsdm.trainer.report import evaluate, write_report
 
 
@@ -45,7 +45,7 @@ def tiny(**settings):
 @pytest.mark.parametrize("use_ema", [True, False])
 def test_the_saved_lambda_is_the_one_the_network_was_last_trained_at(tmp_path, monkeypatch, use_ema):
     trained_at, averages = [], []
-    score_matching, ema_class = loop.denoising_score_matching, loop.EMAModel
+    score_matching, ema_class = algorithm.denoising_score_matching, algorithm.EMAModel
 
     def record(scheduler, *args):
         trained_at.append(scheduler.drift.lam.clone())
@@ -56,8 +56,8 @@ def test_the_saved_lambda_is_the_one_the_network_was_last_trained_at(tmp_path, m
             averages.append(self.optimization_step)
             super().copy_to(parameters)
 
-    monkeypatch.setattr(loop, "denoising_score_matching", record)
-    monkeypatch.setattr(loop, "EMAModel", Ema)
+    monkeypatch.setattr(algorithm, "denoising_score_matching", record)
+    monkeypatch.setattr(algorithm, "EMAModel", Ema)
     result = train(tiny(use_ema=use_ema))
     result.pipeline.save_pretrained(tmp_path)
     saved = VSDMPipeline.from_pretrained(tmp_path).scheduler.drift
@@ -309,7 +309,7 @@ def test_the_likelihood_is_in_the_card_and_measured_again_by_the_command_line(la
 
 
 def test_networks_that_are_split_over_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(loop.Accelerator, "distributed_type", loop.DistributedType.FSDP)
+    monkeypatch.setattr(algorithm.Accelerator, "distributed_type", algorithm.DistributedType.FSDP)
     with pytest.raises(ValueError, match="FSDP.*multi_gpu"):
         loop.Trainer(tiny())
 

@@ -7,9 +7,9 @@ import sys
 
 from .drift import AdaptiveDiagonalDrift
 from .hub.registration import register
-from .models import MLPModel
+from .models import ForecastModel, MLPModel
 from .normalizer import DataNormalizer
-from .pipelines import BridgePipeline, VSDMPipeline
+from .pipelines import BridgePipeline, VSDMForecastPipeline, VSDMPipeline
 from .schedulers import VSDMScheduler
 from .stochastic_approximation import StochasticApproximation
 
@@ -20,14 +20,16 @@ __all__ = [
     "AdaptiveDiagonalDrift",
     "BridgePipeline",
     "DataNormalizer",
+    "ForecastModel",
     "MLPModel",
     "StochasticApproximation",
+    "VSDMForecastPipeline",
     "VSDMPipeline",
     "VSDMScheduler",
 ]
 
 register(
     sys.modules[__name__],
-    components=("AdaptiveDiagonalDrift", "DataNormalizer", "MLPModel", "VSDMScheduler"),
-    pipelines=("BridgePipeline", "VSDMPipeline"),
+    components=("AdaptiveDiagonalDrift", "DataNormalizer", "ForecastModel", "MLPModel", "VSDMScheduler"),
+    pipelines=("BridgePipeline", "VSDMForecastPipeline", "VSDMPipeline"),
 )

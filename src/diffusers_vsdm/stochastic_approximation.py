@@ -34,6 +34,7 @@ References:
     De Bortoli et al. (2021), "Diffusion Schrödinger Bridge with Applications to Score-Based Generative Modeling": IPF.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ UPDATES = ("gradient", "ipf")
 STEPS_PER_G = 13.25
 SIMULATION_PRIORS = ("standard", "conditional", "marginal")
 
-ScoreFunction = Callable[[Tensor, int], Tensor]
+ScoreFunction = Callable[..., Tensor]  # of (x, k), see `update`
 
 
 @dataclass
@@ -195,6 +196,7 @@ class StochasticApproximation:
         num_processes: int = 1,
         reduce_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         data: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> StageOutput:
         r"""One stage: simulate backwards from the prior with the current $\lambda$, then step the drift.
 
@@ -210,6 +212,8 @@ class StochasticApproximation:
             data: Samples of the data in the model's units, `(n, *event_shape)`, on `device`, of which every trajectory
                 has one in turn: the moment is then divided by the forward process's, see above. It takes as many
                 network calls again.
+            condition: What the score of each trajectory depends on, `(num_trajectories, ...)`: the score function is
+                then called as `score(x, k, condition=...)`, with the rows of its samples. The drift is one for all.
 
         Returns:
             [`StageOutput`]: moments, step and the new $\lambda$.
@@ -230,9 +234,10 @@ class StochasticApproximation:
         total = torch.zeros(shape, dtype=torch.float64)
         for start in range(0, len(mine), self.batch_size):
             batch = mine[start : start + self.batch_size]
-            total[:2] += self._simulate(score, batch, *coefficients)
+            given = score if condition is None else functools.partial(score, condition=condition[list(batch)])
+            total[:2] += self._simulate(given, batch, *coefficients)
             if data is not None:
-                total[2] += self._diffuse(score, batch, data)
+                total[2] += self._diffuse(given, batch, data)
         moments = reduce_sum(total) / self.num_trajectories
         skipped = not bool(torch.isfinite(moments).all())
         score_x, x_x = moments[:2]

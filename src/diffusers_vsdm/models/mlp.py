@@ -21,6 +21,31 @@ class MLPModelOutput(BaseOutput):
     sample: Tensor
 
 
+class TimeEmbedding(nn.Sequential):
+    r"""Fourier features of t = (k + 1) / N through two layers.
+
+    Args:
+        num_train_timesteps (`int`): N.
+        width (`int`): Size of the embedding.
+        num_frequencies (`int`, defaults to 8): Octaves of the features.
+    """
+
+    octaves: Tensor
+
+    def __init__(self, num_train_timesteps: int, width: int, num_frequencies: int = 8):
+        layers = nn.Linear(1 + 2 * num_frequencies, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+        super().__init__(*layers)
+        self.num_train_timesteps = num_train_timesteps
+        self.register_buffer("octaves", 2.0 ** torch.arange(num_frequencies) * math.pi / 2, persistent=False)
+
+    def forward(self, input: Tensor | float | int) -> Tensor:
+        """Embeddings `(batch or 1, width)` of training steps k, one or `(batch,)`."""
+        k = torch.as_tensor(input, device=self.octaves.device).reshape(-1, 1)
+        t = (k.float() + 1) / self.num_train_timesteps
+        phase = t * self.octaves.float()
+        return super().forward(torch.cat([t, phase.sin(), phase.cos()], dim=1).to(next(self.parameters()).dtype))
+
+
 class _ResidualBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
@@ -56,10 +81,7 @@ class MLPModel(ModelMixin, ConfigMixin):
         num_frequencies: int = 8,
     ):
         super().__init__()
-        self.register_buffer("octaves", 2.0 ** torch.arange(num_frequencies) * math.pi / 2, persistent=False)
-        self.embed_time = nn.Sequential(
-            nn.Linear(1 + 2 * num_frequencies, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
-        )
+        self.embed_time = TimeEmbedding(num_train_timesteps, width, num_frequencies)
         self.embed = nn.Linear(in_channels, width)
         self.blocks = nn.ModuleList(_ResidualBlock(width) for _ in range(num_blocks))
         self.readout = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, in_channels))
@@ -72,10 +94,7 @@ class MLPModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"`sample` must have shape (batch, {self.config['in_channels']}), got {tuple(sample.shape)}."
             )
-        k = torch.as_tensor(timestep, device=sample.device).reshape(-1, 1)
-        t = (k.float() + 1) / self.config["num_train_timesteps"]
-        phase = t * self.octaves.float()
-        time = self.embed_time(torch.cat([t, phase.sin(), phase.cos()], dim=1).to(sample.dtype))
+        time = self.embed_time(timestep)
         hidden = self.embed(sample)
         for block in self.blocks:
             hidden = block(hidden, time)

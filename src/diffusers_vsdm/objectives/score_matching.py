@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import process
+from ..bases import IdentityBasis
 from ..schedulers import VSDMScheduler
 
 
@@ -78,6 +79,7 @@ def denoising_score_matching(
     noise: Tensor,
     timesteps: Tensor,
     weighting: str = "simple",
+    observed: Tensor | None = None,
 ) -> Tensor:
     r"""Mean weighted squared error of a network's output at $x_t = a_t x_0 + s_t \epsilon$ (Eq. 16).
 
@@ -89,6 +91,11 @@ def denoising_score_matching(
         weighting (`str`, defaults to `"simple"`): Key of [`WEIGHTINGS`]: `simple` (mean squared error of what the
             network predicts), `epsilon` (1), `score` ($1/s^2$: Eq. 16 as printed), `likelihood` ($\beta/s^2$) or
             `min_snr`.
+        observed (`Tensor`, *optional*): 1 where the data are known and 0 where they are missing and do not count,
+            `(batch, *event_shape)`; for a process in the samples' own coordinates.
+
+    Raises:
+        ValueError: Names or shapes do not fit; or data are missing in another basis.
 
     Returns:
         A scalar.
@@ -105,6 +112,12 @@ def denoising_score_matching(
     basis = scheduler.basis(s)
     sample, noise, model_output = (basis.to_basis(x.to(s.dtype)) for x in (sample, noise, model_output))
     error = (model_output - network.target(sample, noise, a, s)) ** 2
+    if observed is not None:
+        if not isinstance(basis, IdentityBasis):
+            raise ValueError(
+                "`observed` is per dimension: data with missing values need a drift of `basis` 'identity'."
+            )
+        error = error * observed * (observed.numel() / observed.sum().clamp(min=1))
     weight = WEIGHTINGS[weighting]
     if weight is None:
         return error.mean()

@@ -63,21 +63,18 @@ class DataConfig:
 
 
 @dataclass
-class TrainingConfig(DataConfig):
-    """Settings of a run, with the names of Diffusers' `train_unconditional.py` where it has them."""
+class RunConfig:
+    """Settings of Algorithm 1 on any data, with the names of Diffusers' `train_unconditional.py` where it has them."""
 
-    script: ClassVar[str] = "training/train_vsdm.py"
+    script: ClassVar[str]
+    positive: ClassVar[str] = (
+        "ddpm_num_steps max_train_steps train_batch_size learning_rate max_grad_norm logging_steps beta_min"
+        " sa_trajectories sa_step_scale gradient_accumulation_steps sigma_min sigma_max"
+    )
 
     output_dir: str = setting("vsdm-model", "Folder for the pipeline, its metrics, pictures and card.")
     overwrite_output_dir: bool = setting(False, "Write into a folder that exists and is not empty.")
-    dataset_name: str = setting("spiral-8y", f"An image data set on the Hub, or a toy: {', '.join(TOYS)}.")
-    num_train_samples: int = setting(100_000, "Points drawn from a toy distribution as the training set.")
-    max_train_samples: int = setting(0, "Images to use, the first ones; 0 for all.")
-    random_flip: bool = setting(False, "Mirror images at random.")
-    class_conditional: bool = setting(False, "Train on images with their classes, for guidance.")
-    label_column: str = setting("label", "Column of the classes.")
-    label_dropout: float = setting(0.1, "Share of the images that are shown without their class.")
-    dataloader_num_workers: int = setting(0, "Processes that read images.")
+    dataloader_num_workers: int = setting(0, "Processes that read the data.")
     seed: int = setting(0, "Seed of the data, the network, the noise and the simulations.")
 
     # process
@@ -95,6 +92,8 @@ class TrainingConfig(DataConfig):
     beta_min: float = setting(0.1, "Smallest rate of the power law, per unit of time.")
     beta_max: float = setting(10.0, "Largest rate of the power law, per unit of time.")
     beta_power: float = setting(1.7, "Exponent of the power law.")
+    beta_start: float = setting(0.0001, "Least beta of a step, of Diffusers' tables.")
+    beta_end: float = setting(0.02, "Largest beta of a step, of Diffusers' tables.")
     sigma_min: float = setting(0.002, "Least standard deviation of the noise of ve.")
     sigma_max: float = setting(80.0, "Largest standard deviation of the noise of ve or brownian.")
     ddpm_num_steps: int = setting(100, "Training times N.")
@@ -112,12 +111,7 @@ class TrainingConfig(DataConfig):
     lambda_varies: bool = setting(False, "A lambda for each training time; needs zeta 1.")
     solver: str = setting("heun", "Solver that the saved pipeline samples with.", SOLVERS)
 
-    # network and its optimization
-    model: str = setting("auto", "Network; auto is mlp for vectors and tiny for images.", ("auto", "mlp", *UNETS))
-    model_config_name_or_path: str = setting("", "Configuration of a UNet2DModel, instead.")
-    pretrained_model_name_or_path: str = setting("", "A DDPM pipeline to start from: its network and table of betas.")
-    model_width: int = setting(128, "Width of the mlp's hidden layers.")
-    model_num_blocks: int = setting(3, "Residual blocks of the mlp.")
+    # optimization
     max_train_steps: int = setting(12_000, "Gradient steps.")
     num_epochs: int = setting(0, "Passes over the data, instead of a number of steps.")
     train_batch_size: int = setting(512, "Samples in a batch, per process.")
@@ -150,20 +144,10 @@ class TrainingConfig(DataConfig):
     sa_average: str = setting("polyak", "Average of the iterates that lambda is frozen at.", AVERAGES)
     frozen_fraction: float = setting(0.2, "Share of the steps, at the end, with lambda frozen at its average.")
 
-    # evaluation and logging
-    num_eval_samples: int = setting(3000, "Samples for the metrics; 0 for no evaluation.")
-    num_likelihood_samples: int = setting(
-        -1, "Data samples whose likelihood is measured; -1 for 500 of a toy that is evaluated, and no images."
-    )
-    num_eval_steps: int = setting(99, "Euler steps, at most, of the probability flow for the metrics.")
+    # logging
     validation_steps: int = setting(0, "Steps between two pictures and likelihoods while training; 0 for none.")
-    eval_batch_size: int = setting(64, "Images in a picture of samples.")
-    validation_images: int = setting(0, "Images for a FID with each picture while training; 0 for none.")
-    statistics: str = setting("", "File of the data's statistics for it; by default of 10,000 training images.")
-    feature_weights: str = setting("", "Weights of FID's Inception network; by default torch-fidelity downloads them.")
     ddpm_num_inference_steps: int = setting(0, "Steps of the solver for such a picture; 0 for the default, 50.")
     mixed_precision: str = setting("no", "Precision of training, as in Accelerate.", ("no", "fp16", "bf16"))
-    channels_last: bool = setting(False, "Keep the channels of images together in memory: often faster in bf16.")
     logger: str = setting("none", "Where to log while training.", ("none", "tensorboard", "wandb"))
     logging_steps: int = setting(50, "Steps between two log entries.")
     logging_dir: str = setting("logs", "Folder for logs, inside `output_dir`.")
@@ -189,29 +173,9 @@ class TrainingConfig(DataConfig):
             choices, value = setting.metadata.get("choices"), getattr(self, name)
             if choices is not None and value not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
-        positive = (
-            "num_train_samples ddpm_num_steps model_width max_train_steps train_batch_size learning_rate max_grad_norm"
-            " logging_steps beta_min sa_trajectories sa_step_scale num_eval_steps gradient_accumulation_steps"
-            " eval_batch_size sigma_min sigma_max"
-        )
-        for name in positive.split():
+        for name in self.positive.split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        if self.num_likelihood_samples not in (-1, 0) and self.num_likelihood_samples < 2:
-            raise ValueError(
-                "`num_likelihood_samples` must be at least 2, for a standard error, 0 for none or -1, got"
-                f" {self.num_likelihood_samples}."
-            )
-        if not 0 < self.label_dropout < 1:
-            raise ValueError(
-                f"`label_dropout` must lie in (0, 1), got {self.label_dropout}: it trains what samples and simulations"
-                " without a class are made of."
-            )
-        if self.validation_images and (self.is_toy or self.validation_images < 2 or not self.validation_steps):
-            raise ValueError(
-                f"`validation_images` {self.validation_images} must be 0, or at least 2 for images with"
-                " `validation_steps`."
-            )
         if self.seed < 0:
             raise ValueError(f"`seed` must not be negative, got {self.seed}.")
         if self.ddpm_beta_schedule == POWER_LAW and not self.beta_min <= self.beta_max:
@@ -224,10 +188,6 @@ class TrainingConfig(DataConfig):
             raise ValueError(f"`zeta` must lie in (0, 1], got {self.zeta}.")
         if not 0 <= self.frozen_fraction < 1:
             raise ValueError(f"`frozen_fraction` must lie in [0, 1), got {self.frozen_fraction}.")
-        if self.basis != "identity" and (self.basis == "dense") != self.is_toy:
-            raise ValueError(
-                f"`basis` {self.basis!r} is for {'images' if self.is_toy else 'vectors'}, not these data."
-            )
         if self.zeta != 1 and (self.lambda_varies or self.sa_update == "ipf"):
             raise ValueError(
                 f"`zeta` {self.zeta} has no fixed point with `lambda_varies` and no meaning with `sa_update` 'ipf':"
@@ -238,13 +198,6 @@ class TrainingConfig(DataConfig):
                 f"`sa_stages` {self.sa_stages} do not fit into the {self.adaptive_steps} steps before lambda is"
                 " frozen: lower it, or raise `max_train_steps`."
             )
-
-    @property
-    def likelihood_samples(self) -> int:
-        """Data samples whose likelihood is measured."""
-        if self.num_likelihood_samples >= 0:
-            return self.num_likelihood_samples
-        return 500 if self.is_toy and self.num_eval_samples else 0
 
     @property
     def adaptive_steps(self) -> int:
@@ -309,3 +262,72 @@ class TrainingConfig(DataConfig):
             )
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+
+@dataclass
+class TrainingConfig(RunConfig, DataConfig):
+    """Settings of a run on images or toys."""
+
+    script: ClassVar[str] = "training/train_vsdm.py"
+    positive: ClassVar[str] = f"{RunConfig.positive} num_train_samples model_width num_eval_steps eval_batch_size"
+
+    dataset_name: str = setting("spiral-8y", f"An image data set on the Hub, or a toy: {', '.join(TOYS)}.")
+    num_train_samples: int = setting(100_000, "Points drawn from a toy distribution as the training set.")
+    max_train_samples: int = setting(0, "Images to use, the first ones; 0 for all.")
+    random_flip: bool = setting(False, "Mirror images at random.")
+    class_conditional: bool = setting(False, "Train on images with their classes, for guidance.")
+    label_column: str = setting("label", "Column of the classes.")
+    label_dropout: float = setting(0.1, "Share of the images that are shown without their class.")
+
+    # network
+    model: str = setting("auto", "Network; auto is mlp for vectors and tiny for images.", ("auto", "mlp", *UNETS))
+    model_config_name_or_path: str = setting("", "Configuration of a UNet2DModel, instead.")
+    pretrained_model_name_or_path: str = setting("", "A DDPM pipeline to start from: its network and table of betas.")
+    model_width: int = setting(128, "Width of the mlp's hidden layers.")
+    model_num_blocks: int = setting(3, "Residual blocks of the mlp.")
+
+    # evaluation
+    num_eval_samples: int = setting(3000, "Samples for the metrics; 0 for no evaluation.")
+    num_likelihood_samples: int = setting(
+        -1, "Data samples whose likelihood is measured; -1 for 500 of a toy that is evaluated, and no images."
+    )
+    num_eval_steps: int = setting(99, "Euler steps, at most, of the probability flow for the metrics.")
+    eval_batch_size: int = setting(64, "Images in a picture of samples.")
+    validation_images: int = setting(0, "Images for a FID with each picture while training; 0 for none.")
+    statistics: str = setting("", "File of the data's statistics for it; by default of 10,000 training images.")
+    feature_weights: str = setting("", "Weights of FID's Inception network; by default torch-fidelity downloads them.")
+    channels_last: bool = setting(False, "Keep the channels of images together in memory: often faster in bf16.")
+
+    def __post_init__(self) -> None:
+        """Check each setting.
+
+        Raises:
+            ValueError: A setting is out of its range; the message names it, its value and the range.
+        """
+        super().__post_init__()
+        if self.num_likelihood_samples not in (-1, 0) and self.num_likelihood_samples < 2:
+            raise ValueError(
+                "`num_likelihood_samples` must be at least 2, for a standard error, 0 for none or -1, got"
+                f" {self.num_likelihood_samples}."
+            )
+        if not 0 < self.label_dropout < 1:
+            raise ValueError(
+                f"`label_dropout` must lie in (0, 1), got {self.label_dropout}: it trains what samples and simulations"
+                " without a class are made of."
+            )
+        if self.validation_images and (self.is_toy or self.validation_images < 2 or not self.validation_steps):
+            raise ValueError(
+                f"`validation_images` {self.validation_images} must be 0, or at least 2 for images with"
+                " `validation_steps`."
+            )
+        if self.basis != "identity" and (self.basis == "dense") != self.is_toy:
+            raise ValueError(
+                f"`basis` {self.basis!r} is for {'images' if self.is_toy else 'vectors'}, not these data."
+            )
+
+    @property
+    def likelihood_samples(self) -> int:
+        """Data samples whose likelihood is measured."""
+        if self.num_likelihood_samples >= 0:
+            return self.num_likelihood_samples
+        return 500 if self.is_toy and self.num_eval_samples else 0

@@ -1,100 +1,32 @@
-"""Algorithm 1 over Accelerate: score matching, and every so often a stage of stochastic approximation."""
+"""The trainer of images and of vectors."""
 
-import contextlib
-import math
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, set_seed
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
+from diffusers import ModelMixin
 from diffusers.utils import logging
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
-from tqdm.auto import tqdm
 
 from ..metrics.fidelity import FeatureStatistics, InceptionFeatures
 from ..models.classes import class_condition, num_classes
-from ..normalizer import DataNormalizer
-from ..objectives import denoising_score_matching, time_probabilities
 from ..pipelines import VSDMPipeline
 from ..schedulers import VSDMScheduler
-from ..stochastic_approximation import StageOutput, StochasticApproximation
-from .averaging import averaged
-from .checkpoint import check_settings, find_checkpoint, inside, load_checkpoint, save_checkpoint
+from .algorithm import BaseTrainer, TrainingResult
 from .config import TrainingConfig
 from .evaluation import likelihood_data, measure_likelihood
 from .fidelity import SmallFid
 from .pictures import picture_samples
-from .processes import process_state
-from .setup import (
-    LabelledDataset,
-    VectorDataset,
-    as_it_is,
-    build_data,
-    build_network,
-    build_scheduler,
-    moment_batches,
-    on_device,
-)
+from .setup import LabelledDataset, VectorDataset, build_data, build_network, moment_batches, on_device
 
 
 logger = logging.get_logger(__name__)
 
-LOSS_WINDOW = 100
-SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-FUSED = ("cpu", "cuda", "xpu")  # where AdamW is one kernel
-# of the weights that stages simulate with: the raw ones double the noise of the moments, slower ones lag behind lambda
-STAGE_EMA_DECAY = 0.99
 
-
-@dataclass
-class TrainingResult:
-    r"""What a run leaves behind.
-
-    Attributes:
-        pipeline: The trained pipeline, with the averaged weights if there are any.
-        lambdas: $\lambda$ at the start and after each stage, shape `(stages + 1, *lambda_shape)`, float64.
-        final_loss: Mean loss of the last hundred steps.
-        seconds: Wall time of the training loop, over all parts of a resumed run.
-        sa_seconds: What of it was spent in stochastic approximation: simulation and update.
-        sa_skipped: Stages skipped because their moments were not finite.
-        likelihood: What [`measure_likelihood`] says of the model; None if it was not asked.
-    """
-
-    pipeline: VSDMPipeline
-    lambdas: Tensor
-    final_loss: float
-    seconds: float
-    sa_seconds: float
-    sa_skipped: int
-    likelihood: dict[str, Any] | None = None
-
-
-class _EpochSampler(Sampler):
-    """A permutation that depends on seed and epoch alone, so that any point of a run can be found again."""
-
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed, self.epoch = size, seed, 0
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(self.size, generator=generator).tolist())
-
-
-class Trainer:
-    """One run of Algorithm 1: its parts, its state, and its checkpoints.
-
-    All randomness is keyed by seed and position: the state of a run is its tensors and the number of steps done.
+class Trainer(BaseTrainer):
+    """One run of Algorithm 1 on images, or on vectors.
 
     Args:
         config ([`TrainingConfig`]): The settings.
@@ -102,172 +34,64 @@ class Trainer:
 
     Raises:
         ValueError: The data cannot be had or does not fit (see [`setup`]), or the machine lacks the precision.
-
-    Attributes:
-        config: The settings, with the number of steps where epochs were given.
-        network, drift, scheduler, normalizer: The model that is trained.
     """
 
+    config: TrainingConfig
+
     def __init__(self, config: TrainingConfig, data: Tensor | None = None):
-        self.folder = Path(config.output_dir)
-        set_seed(config.seed)
-        process_state()
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-            log_with=None if config.logger == "none" else config.logger,
-            project_config=ProjectConfiguration(
-                project_dir=str(self.folder), logging_dir=str(self.folder / config.logging_dir)
-            ),
-        )
-        if config.mixed_precision == "fp16" and self.accelerator.scaler is None:
-            # Accelerate would go on in float32, silently
-            raise ValueError(
-                f"`mixed_precision` 'fp16' needs a GPU, not {self.accelerator.device.type!r}: use 'bf16' or 'no'."
-            )
-        if self.accelerator.distributed_type in SHARDING:
-            raise ValueError(
-                f"Accelerate is configured for {self.accelerator.distributed_type.value}, which splits the network,"
-                " but averages and checkpoints here are of whole ones. Use data parallelism (`--multi_gpu`)."
-            )
+        super().__init__(config, data)
+        self.likelihood_data: Tensor | None = None
+        if config.likelihood_samples:
+            source = None if data is None and config.is_toy else self.dataset
+            self.likelihood_data = likelihood_data(config, source, config.likelihood_samples, config.seed)
+        self.fid = self._small_fid()
+
+    @property
+    def _pretrained(self) -> str:
+        return self.config.pretrained_model_name_or_path
+
+    def _load(self, data: Tensor | None) -> Any:
+        config = self.config
         dataset = build_data(config) if data is None else VectorDataset(data)
         if config.class_conditional and dataset.num_classes is None:
             raise ValueError("`class_conditional` is for images with labels, not for vectors: leave it out.")
-        if not config.dataloader_num_workers:
-            dataset = on_device(dataset, self.accelerator.device)
-        self.config = config = config.for_data(len(dataset), self.accelerator.num_processes)
-        batches = moment_batches(dataset, config.seed, config.dataloader_num_workers)
-        self.normalizer: DataNormalizer | None = None
-        if config.standardize:
-            normalizer = DataNormalizer.from_data(
-                batches, dataset.event_shape[:1] + (1,) * (len(dataset.event_shape) - 1)
-            )
-            batches = (normalizer.normalize(batch) for batch in batches)
-            self.normalizer = normalizer
-        self.scheduler, self.drift = build_scheduler(config, dataset.event_shape, batches)
-        if self.normalizer is not None:
-            self.normalizer.to(self.accelerator.device)
-        self.samples: Tensor | None = None
-        if config.sa_update == "ipf":  # which looks at the forward process too
-            samples = next(iter(moment_batches(dataset, config.seed, 0)))[: config.sa_trajectories]
-            samples = samples if self.normalizer is None else self.normalizer.normalize(samples)
-            self.samples = samples.to(self.accelerator.device)
-        self.likelihood_data: Tensor | None = None
-        if config.likelihood_samples:
-            source = None if data is None and config.is_toy else dataset
-            self.likelihood_data = likelihood_data(config, source, config.likelihood_samples, config.seed)
-        self.fid = self._small_fid(dataset)
-        self.network = build_network(config, dataset.event_shape, dataset.num_classes)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.adam_weight_decay,
-            fused=self.accelerator.device.type in FUSED,
-        )
-        # stepped by hand, once for each step of the optimizer, whatever the processes and the accumulation
-        self.lr_scheduler = get_scheduler(
-            config.lr_scheduler,
-            self.optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
-        )
-        self.sampler = _EpochSampler(len(dataset), config.seed)
-        loader = DataLoader(
-            LabelledDataset(dataset) if config.class_conditional else dataset,
-            batch_size=config.train_batch_size,
-            sampler=self.sampler,
-            drop_last=True,
-            collate_fn=as_it_is,
-            num_workers=config.dataloader_num_workers,
-        )
-        if config.channels_last and len(dataset.event_shape) == 3:
-            self.network.to(memory_format=torch.channels_last)
-        self.model, self.prepared_optimizer, self.loader = self.accelerator.prepare(
-            self.network, self.optimizer, loader
-        )
-        self.approximation = StochasticApproximation(
-            self.drift,
-            self.scheduler.integrated_beta,
-            zeta=config.zeta,
-            zeta_placement=config.zeta_placement,
-            update=config.sa_update,
-            prior=config.sa_prior,
-            variance_exploding=self.scheduler.is_variance_exploding,
-            num_trajectories=config.sa_trajectories,
-            num_steps=config.sa_steps or None,
-            batch_size=config.sa_batch_size or None,
-            step_scale=config.sa_step_scale,
-            step_offset=config.sa_step_offset,
-            step_power=config.sa_step_power,
-            seed=config.seed,
-        )
-        self.generator = torch.Generator(self.accelerator.device)
-        self.ema = self._new_ema(STAGE_EMA_DECAY if config.stage_steps else config.ema_max_decay)
-        self.step = 0
-        self.lambdas = [self.drift.lam.clone()]
-        self._times: tuple[Any, Tensor] | None = None  # their probabilities, and the drift's version
-        self.losses: list[Tensor] = []
-        self.seconds = self.sa_seconds = 0.0
-        if config.resume_from_checkpoint:
-            self.load(find_checkpoint(self.folder, config.resume_from_checkpoint))
+        return dataset if config.dataloader_num_workers else on_device(dataset, self.accelerator.device)
 
-    # The algorithm --------------------------------------------------------------------------------------------------
+    def _moment_batches(self) -> Iterable[Tensor]:
+        return moment_batches(self.dataset, self.config.seed, self.config.dataloader_num_workers)
 
-    def train(self) -> TrainingResult:
-        """Run to the end; nothing is written but logs and checkpoints.
+    def _build_network(self) -> ModelMixin:
+        network = build_network(self.config, self.dataset.event_shape, self.dataset.num_classes)
+        if self.config.channels_last and len(self.dataset.event_shape) == 3:
+            network.to(memory_format=torch.channels_last)
+        return network
 
-        Raises:
-            FloatingPointError: The loss is no longer finite.
-        """
-        config = self.config
-        if config.logger != "none":
-            self.accelerator.init_trackers("vsdm", config=asdict(config))
-        batches, stages = self._batches(), config.stage_steps
-        bar = tqdm(
-            initial=self.step,
-            total=config.max_train_steps,
-            desc="Training",
-            disable=not self.accelerator.is_local_main_process,
-            leave=False,
-        )
-        started = time.perf_counter() - self.seconds
-        while self.step < config.max_train_steps:
-            self._gradient_step(batches)
-            self.step += 1
-            if self.step in stages:
-                self._stage()
-            if self.step == config.adaptive_steps and stages:
-                # from here to the end the network meets only the lambda that is saved with it
-                self.drift.set_lambda(self.drift.average(config.sa_average))
-                self.ema = self._new_ema(config.ema_max_decay)
-            bar.update()
-            if self.step % config.logging_steps == 0 or self.step == config.max_train_steps:
-                self._log(bar)
-            if config.validation_steps and self.step % config.validation_steps == 0:
-                self._validate()
-            self.seconds = time.perf_counter() - started
-            if config.checkpointing_steps and self.step % config.checkpointing_steps == 0:
-                self.save()
-        bar.close()
-        self.accelerator.end_training()
+    def _pipeline(self, network: torch.nn.Module, scheduler: VSDMScheduler) -> VSDMPipeline:
+        return VSDMPipeline(network, scheduler, self.normalizer)
 
-        if self.ema is not None:
-            self.ema.copy_to(self.network.parameters())
-        self.network.to(memory_format=torch.contiguous_format)
-        pipeline = VSDMPipeline(self.network.eval(), self.scheduler, self.normalizer)
-        return TrainingResult(
-            pipeline=pipeline,
-            lambdas=torch.stack(self.lambdas),
-            final_loss=torch.stack(self.losses).mean().item(),
-            seconds=self.seconds,
-            sa_seconds=self.sa_seconds,
-            sa_skipped=self.approximation.num_skipped,
-            likelihood=self._likelihood(pipeline),
-        )
+    def _examples_dataset(self) -> Any:
+        return LabelledDataset(self.dataset) if self.config.class_conditional else self.dataset
+
+    def _num_examples(self, batch: Any) -> int:
+        return len(batch[0] if self.config.class_conditional else batch)
+
+    def _examples(self, batch: Any, uniform: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Images, mirrored at random, and their classes, of which some are left out; or vectors."""
+        sample, labels = batch if self.config.class_conditional else (batch, None)
+        if self.config.random_flip:
+            mirrored = uniform() < 0.5
+            sample = torch.where(mirrored.reshape(-1, *[1] * (sample.ndim - 1)), sample.flip(-1), sample)
+        if labels is not None:
+            labels = labels.masked_fill(uniform() < self.config.label_dropout, num_classes(self.network))
+        return sample, class_condition(self.network, sample, labels), None
+
+    def _stage_condition(self, network: torch.nn.Module) -> Callable[[Tensor, Tensor | None], dict[str, Tensor]]:
+        """No class: the drift carries all data to the prior, whatever their classes."""
+        return lambda x, _: class_condition(network, x)
+
+    def _finish(self, result: TrainingResult) -> TrainingResult:
+        result.pipeline.unet.to(memory_format=torch.contiguous_format)
+        return replace(result, likelihood=self._likelihood(result.pipeline))
 
     def _likelihood(self, pipeline: VSDMPipeline) -> dict[str, Any] | None:
         if self.likelihood_data is None or not self.accelerator.is_main_process:
@@ -278,110 +102,13 @@ class Trainer:
             logger.warning("The likelihood was not measured: %s", error)
             return None
 
-    def _gradient_step(self, batches: Iterator[tuple[int, Any]]) -> None:
-        """Score matching (Eq. 16) on one batch, or on several accumulated."""
-        total = torch.zeros((), device=self.accelerator.device)
-        for _ in range(self.config.gradient_accumulation_steps):
-            index, batch = next(batches)
-            with self.accelerator.accumulate(self.model):
-                sample, noise, timesteps, condition = self._draw(index, batch)
-                noisy = self.scheduler.add_noise(sample, noise, timesteps)
-                prediction = self._predict(self.model, noisy, timesteps, condition)
-                loss = denoising_score_matching(
-                    self.scheduler, prediction, sample, noise, timesteps, self.config.weighting
-                )
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-                self.prepared_optimizer.step()
-                self.prepared_optimizer.zero_grad()
-            total += loss.detach() / self.config.gradient_accumulation_steps
-        if not self.accelerator.optimizer_step_was_skipped:  # a gradient that overflowed in fp16
-            self.lr_scheduler.step()
-        if self.ema is not None:
-            self.ema.step(self.network.parameters())
-        self.losses = [*self.losses[1 - LOSS_WINDOW :], total]
-
-    def _predict(
-        self, network: torch.nn.Module, x: Tensor, timesteps: Tensor | int, condition: dict[str, Tensor]
-    ) -> Tensor:
-        model_input = self.scheduler.scale_model_input(x, timesteps)
-        with self.accelerator.autocast():  # a prepared model has its own
-            return network(model_input, timesteps, **condition).sample.float()
-
-    def _draw(self, index: int, batch: Any) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """The `index`-th batch in model units, its noise and times, and its classes, of which some are left out.
-
-        Every process draws for the whole batch and keeps its own part, so that their number does not matter.
-        """
-        sample, labels = batch if self.config.class_conditional else (batch, None)
-        self.generator.manual_seed(self.config.seed * 1_000_000_007 + index)
-        whole = len(sample) * self.accelerator.num_processes
-        mine = slice(len(sample) * self.accelerator.process_index, len(sample) * (self.accelerator.process_index + 1))
-        draw: dict[str, Any] = {"generator": self.generator, "device": sample.device}
-        noise = torch.randn((whole, *sample.shape[1:]), **draw)[mine]
-        timesteps = self._draw_times(whole)[mine]
-        if self.config.random_flip:
-            mirrored = torch.rand(whole, **draw)[mine] < 0.5
-            sample = torch.where(mirrored.reshape(-1, *[1] * (sample.ndim - 1)), sample.flip(-1), sample)
-        if labels is not None:
-            left_out = torch.rand(whole, **draw)[mine] < self.config.label_dropout
-            labels = labels.masked_fill(left_out, num_classes(self.network))
-        sample = sample if self.normalizer is None else self.normalizer.normalize(sample)
-        return sample, noise, timesteps, class_condition(self.network, sample, labels)
-
-    def _draw_times(self, number: int) -> Tensor:
-        if self.config.time_sampling == "uniform":
-            return torch.randint(
-                len(self.scheduler), (number,), generator=self.generator, device=self.accelerator.device
-            )
-        version = self.drift.version()
-        if self._times is None or self._times[0] != version:
-            weights = time_probabilities(self.scheduler, self.config.time_sampling)
-            self._times = version, weights.float().to(self.accelerator.device)
-        return torch.multinomial(self._times[1], number, replacement=True, generator=self.generator)
-
-    def _batches(self) -> Iterator[tuple[int, Any]]:
-        """Numbered batches, of samples or of samples and classes, from where the run stands."""
-        done = self.step * self.config.gradient_accumulation_steps
-        self.sampler.epoch, skip = divmod(done, len(self.loader))
-        loader = self.accelerator.skip_first_batches(self.loader, skip) if skip else self.loader
-        while True:
-            for batch in loader:
-                yield done, batch
-                done += 1
-            self.sampler.epoch += 1
-            loader = self.loader
-
-    def _stage(self) -> StageOutput:
-        """Stochastic approximation: simulate with the network as it is, step lambda.
-
-        The drift carries all data to the prior, whatever their classes, and so this is the score without a class.
-        """
-        started = time.perf_counter()
-        accelerator = self.accelerator
-        with self._averaged_network() as network:
-            output = self.approximation.update(
-                lambda x, k: self.scheduler.get_score(self._predict(network, x, k, class_condition(network, x)), k, x),
-                device=accelerator.device,
-                process_index=accelerator.process_index,
-                num_processes=accelerator.num_processes,
-                reduce_sum=lambda tensor: accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu(),
-                data=self.samples,
-            )
-        self.sa_seconds += time.perf_counter() - started
-        self.lambdas.append(output.lam)
-        moments = {f"moment/{i}": value for i, value in enumerate(output.score_x.flatten()[:8].tolist())}
-        accelerator.log(moments, step=self.step)
-        return output
-
     def _validate(self) -> None:
         """A picture of samples of the model as it is, a file and an image in the log, and its likelihoods."""
         if self.accelerator.is_main_process:
             scheduler = VSDMScheduler.from_config(self.scheduler.config)  # the drift comes along, copied
             config = self.config
             with self._averaged_network() as network:
-                pipeline = VSDMPipeline(network, scheduler, self.normalizer)
+                pipeline = self._pipeline(network, scheduler)
                 picture = picture_samples(
                     pipeline,
                     config.num_eval_samples if config.is_toy else config.eval_batch_size,
@@ -401,101 +128,13 @@ class Trainer:
                 tracker.log_images({"samples": np.asarray(picture)[None]}, step=self.step, **form)
         self.accelerator.wait_for_everyone()
 
-    def _small_fid(self, dataset: Any) -> SmallFid | None:
+    def _small_fid(self) -> SmallFid | None:
         config = self.config
         if not config.validation_images or not self.accelerator.is_main_process:
             return None
         features = InceptionFeatures(config.feature_weights or None, self.accelerator.device)
         statistics = FeatureStatistics.load(config.statistics) if config.statistics else None
-        return SmallFid(features, statistics, dataset, config.validation_images)
-
-    def _averaged_network(self) -> contextlib.AbstractContextManager[torch.nn.Module]:
-        """The network in evaluation, with its averaged weights and without a distributed wrapper."""
-        return averaged(self.network, self.ema)
-
-    def _new_ema(self, decay: float) -> EMAModel | None:
-        if not self.config.use_ema:
-            return None
-        return EMAModel(self.network.parameters(), decay=decay, foreach=True)
-
-    def _log(self, bar: tqdm) -> None:
-        loss = torch.stack(self.losses).mean().item()
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss} at step {self.step}: lower `learning_rate`, or choose another `weighting`."
-            )
-        lam = self.drift.lam.flatten()
-        bar.set_postfix(loss=f"{loss:.4f}", **{"lambda": " ".join(f"{x:.3f}" for x in lam[:4].tolist())})
-        scalars = {f"lambda/{i}": x for i, x in enumerate(lam[:8].tolist())}
-        self.accelerator.log({"loss": loss, "lr": self.lr_scheduler.get_last_lr()[0], **scalars}, step=self.step)
-
-    # Checkpoints ----------------------------------------------------------------------------------------------------
-
-    def save(self) -> None:
-        """Write `checkpoint-{step}` on the main process."""
-        if self.accelerator.is_main_process:
-            limit = self.config.checkpoints_total_limit
-            save_checkpoint(self.folder, self.step, self._tensors(), self._numbers(), limit)
-        self.accelerator.wait_for_everyone()
-
-    def load(self, path: Path) -> None:
-        """Go on from a checkpoint of the same run.
-
-        Raises:
-            ValueError: The checkpoint is damaged, or belongs to a run with other settings.
-        """
-        tensors, numbers = load_checkpoint(path)
-        check_settings(path, numbers["config"], self.config.identity(), type(self.config)().identity())
-        self.network.load_state_dict(inside(tensors, "network"))
-        self.drift.load_state_dict(inside(tensors, "drift"))
-        state = {int(i): inside(inside(tensors, "optimizer"), i) for i in numbers["optimizer_indices"]}
-        self.optimizer.load_state_dict({"state": state, "param_groups": numbers["param_groups"]})
-        self.lr_scheduler.load_state_dict(self.lr_scheduler.state_dict() | numbers["lr_scheduler"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(numbers["scaler"])
-        if self.ema is not None:
-            shadow = [tensors[f"ema.{i}"].to(self.accelerator.device) for i in range(len(self.ema.shadow_params))]
-            self.ema.load_state_dict(numbers["ema"] | {"shadow_params": shadow})
-        self.lambdas = list(tensors["lambdas"])
-        self.losses = list(tensors["losses"].to(self.accelerator.device))
-        self.approximation.num_stages = numbers["num_stages"]
-        self.approximation.num_skipped = numbers["num_skipped"]
-        self.step, self.seconds, self.sa_seconds = numbers["step"], numbers["seconds"], numbers["sa_seconds"]
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
-        tensors |= {f"drift.{name}": tensor for name, tensor in self.drift.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
-        if self.ema is not None:
-            tensors |= {f"ema.{i}": tensor for i, tensor in enumerate(self.ema.shadow_params)}
-        tensors |= {"lambdas": torch.stack(self.lambdas), "losses": torch.stack(self.losses)}
-        return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-    def _numbers(self) -> dict[str, Any]:
-        optimizer = self.optimizer.state_dict()
-        ema = {} if self.ema is None else self.ema.state_dict()
-        schedule = self.lr_scheduler.state_dict()
-        return {
-            "config": self.config.identity(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "sa_seconds": self.sa_seconds,
-            "num_stages": self.approximation.num_stages,
-            "num_skipped": self.approximation.num_skipped,
-            "optimizer_indices": [str(i) for i in optimizer["state"]],
-            "param_groups": optimizer["param_groups"],
-            "lr_scheduler": {key: value for key, value in schedule.items() if _is_plain(value)},
-            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-            "ema": {key: value for key, value in ema.items() if key != "shadow_params"},
-        }
-
-
-def _is_plain(value: Any) -> bool:
-    """Numbers and lists of numbers, as against the functions that a learning-rate schedule also lists."""
-    return isinstance(value, (int, float, bool)) or (
-        isinstance(value, list) and all(isinstance(x, (int, float)) for x in value)
-    )
+        return SmallFid(features, statistics, self.dataset, config.validation_images)
 
 
 def train(config: TrainingConfig, data: Tensor | None = None) -> TrainingResult:

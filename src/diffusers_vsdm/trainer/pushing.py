@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from ..hub.publishing import create_repository, publish
-from .config import TrainingConfig
+from .config import RunConfig
 
 
-def repository_for(config: TrainingConfig) -> str | None:
+def repository_for(config: RunConfig) -> str | None:
     """Make sure, before the work, that the model can be pushed; returns the repository, or None without a push.
 
     Raises:
@@ -18,7 +18,7 @@ def repository_for(config: TrainingConfig) -> str | None:
     return create_repository(name, config.hub_private_repo or None, config.hub_revision or None)
 
 
-def push(config: TrainingConfig, repo_id: str) -> str:
+def push(config: RunConfig, repo_id: str) -> str:
     """Push the model in `config.output_dir`; returns the commit's address.
 
     Raises:

@@ -15,7 +15,7 @@ from ..drift import AdaptiveDiagonalDrift
 from ..models import build_model
 from ..models.classes import num_classes as known_classes
 from ..schedulers import VSDMScheduler
-from .config import BROWNIAN, EXPLODING, POWER_LAW, DataConfig, TrainingConfig
+from .config import BROWNIAN, EXPLODING, POWER_LAW, DataConfig, RunConfig, TrainingConfig
 
 
 # enough for the moments of images: their means and variances are known to 1%
@@ -154,24 +154,25 @@ def build_network(config: TrainingConfig, event_shape: tuple[int, ...], num_clas
 
 
 def build_scheduler(
-    config: TrainingConfig, event_shape: tuple[int, ...], batches: Iterable[Tensor]
+    config: RunConfig, event_shape: tuple[int, ...], batches: Iterable[Tensor], pretrained: str = ""
 ) -> tuple[VSDMScheduler, AdaptiveDiagonalDrift]:
     r"""The process of a run, and its drift as it starts, which knows the moments of `batches` (model units).
 
-    It starts at $\lambda = 1$. With a table of sigmas it is 0 for the baseline, and starts at $1 / g_T$ where it is
-    learned, since steps on its logarithm cannot leave 0.
+    The table of betas is that of a `pretrained` pipeline, if there is one. The drift starts at $\lambda = 1$. With a
+    table of sigmas it is 0 for the baseline, and starts at $1 / g_T$ where it is learned, since steps on its logarithm
+    cannot leave 0.
     """
     settings: dict[str, Any] = {"prior_type": config.prior_type, "solver": config.solver}
-    is_exploding = config.ddpm_beta_schedule in (EXPLODING, BROWNIAN) and not config.pretrained_model_name_or_path
+    is_exploding = config.ddpm_beta_schedule in (EXPLODING, BROWNIAN) and not pretrained
     if not is_exploding:
-        settings |= {"clip_sample": not config.is_toy and not config.standardize, "timestep_spacing": "trailing"}
+        settings |= {"clip_sample": len(event_shape) == 3 and not config.standardize, "timestep_spacing": "trailing"}
     prediction_type = config.prediction_type
     if prediction_type == "auto":
         # neither epsilon nor v is a well-scaled task where sigma is large
         prediction_type = "edm" if is_exploding else "v_prediction" if len(event_shape) == 1 else "epsilon"
     settings["prediction_type"] = prediction_type
-    if config.pretrained_model_name_or_path:
-        stored = VSDMScheduler.load_config(config.pretrained_model_name_or_path, subfolder="scheduler")
+    if pretrained:
+        stored = VSDMScheduler.load_config(pretrained, subfolder="scheduler")
         if stored.get("drift_sha256") is not None:
             raise ValueError(
                 "`pretrained_model_name_or_path` has a learned drift, and its network belongs to that. Start from a"
@@ -194,6 +195,8 @@ def build_scheduler(
         scheduler = VSDMScheduler(
             num_train_timesteps=config.ddpm_num_steps,
             beta_schedule=config.ddpm_beta_schedule,
+            beta_start=config.beta_start,
+            beta_end=config.beta_end,
             **settings,
         )
     lambda_shape = {

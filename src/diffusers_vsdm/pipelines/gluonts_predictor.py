@@ -1,0 +1,41 @@
+"""A forecasting pipeline behind GluonTS's interface."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from gluonts.dataset import Dataset
+from gluonts.model.forecast import SampleForecast
+from gluonts.model.predictor import Predictor
+
+
+class VSDMPredictor(Predictor):
+    """Made by [`VSDMForecastPipeline.predictor`]; entries have a `target` of shape `(d, time)`.
+
+    Args:
+        pipeline ([`VSDMForecastPipeline`]): The pipeline.
+        num_inference_steps (`int`, *optional*), batch_size (`int`): As in its call.
+        seed (`int`, *optional*): Of the paths.
+    """
+
+    def __init__(self, pipeline: Any, num_inference_steps: int | None, seed: int | None, batch_size: int):
+        config = pipeline.model.config
+        super().__init__(prediction_length=config["prediction_length"], lead_time=0)
+        self.pipeline, self.num_inference_steps = pipeline, num_inference_steps
+        self.seed, self.batch_size = seed, batch_size
+
+    def predict(self, dataset: Dataset, num_samples: int = 100, **kwargs: Any) -> Iterator[SampleForecast]:
+        """Forecasts of all entries, sampled together: `samples` of shape `(num_samples, prediction_length, d)`."""
+        entries = list(dataset)
+        generator = None if self.seed is None else torch.Generator(self.pipeline.device).manual_seed(self.seed)
+        output = self.pipeline(
+            entries,
+            num_samples,
+            num_inference_steps=self.num_inference_steps,
+            generator=generator,
+            batch_size=self.batch_size,
+        )
+        length = self.prediction_length
+        for entry, samples in zip(entries, output.samples, strict=True):
+            start = entry["start"] + (entry["target"].shape[-1])
+            yield SampleForecast(samples=samples[:, :length], start_date=start, item_id=entry.get("item_id"))

@@ -1,0 +1,343 @@
+"""`VSDMForecastPipeline`: sample paths of many series together, from their history on."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from ..data.calendar import calendar_features
+from ..models.forecaster import ForecastModel
+from ..normalizer import DataNormalizer
+from ..schedulers import VSDMScheduler
+from .pipeline_vsdm import VSDMPipeline
+
+
+@dataclass
+class VSDMForecastOutput(BaseOutput):
+    """Output of [`VSDMForecastPipeline`].
+
+    Args:
+        samples (`np.ndarray` of shape `(num_samples, prediction_length, d)`): Sample paths in data units; of several
+            histories `(windows, num_samples, prediction_length, d)`.
+        index (`pd.PeriodIndex` or `pd.RangeIndex`, or a list of one for each history): Times of the forecast.
+        names (`list[str]`): Of the series.
+    """
+
+    samples: np.ndarray
+    index: Any
+    names: list[str]
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean of the paths, `(..., prediction_length, d)`."""
+        return self.samples.mean(axis=-3)
+
+    def quantile(self, q: float | list[float]) -> np.ndarray:
+        """Quantiles of the paths at levels in [0, 1]: `(..., prediction_length, d)`, after the levels if several."""
+        return np.quantile(self.samples, q, axis=-3)
+
+    def to_dataframe(self, q: float | None = None) -> Any:
+        """Of a single history: the mean, or a quantile, as a DataFrame of the forecast's times and series."""
+        import pandas as pd
+
+        self._check_single("to_dataframe")
+        return pd.DataFrame(self.mean if q is None else self.quantile(q), index=self.index, columns=self.names)
+
+    def plot(
+        self,
+        history: Any = None,
+        truth: Any = None,
+        series: list[str] | list[int] | None = None,
+        intervals: tuple[float, ...] = (0.5, 0.9),
+        num_history: int | None = None,
+        paths: int = 0,
+    ) -> Any:
+        """The fan of a single history's forecast: a matplotlib figure, a panel for each series.
+
+        Args:
+            history, truth (`pd.DataFrame` or array `(time, d)`, *optional*): What came before, and what came.
+            series (*optional*): Names or numbers of the series. Defaults to the first four.
+            intervals: Masses of the central intervals that are shaded.
+            num_history (`int`, *optional*): Times of the history to show. Defaults to twice the forecast's.
+            paths (`int`, defaults to 0): Sample paths to draw too.
+        """
+        from matplotlib.figure import Figure
+
+        self._check_single("plot")
+        chosen = [self._number(s) for s in (range(min(4, len(self.names))) if series is None else series)]
+        figure = Figure(figsize=(8, 2.2 * len(chosen)), dpi=110, layout="constrained")
+        length = self.samples.shape[1]
+        ahead = np.arange(length)
+        shown = num_history or 2 * length
+        for panel, i in zip(figure.subplots(len(chosen), squeeze=False)[:, 0], chosen, strict=True):
+            if history is not None:
+                past = np.asarray(history, dtype=float)[-shown:, i]
+                panel.plot(np.arange(-len(past), 0), past, color="0.2", lw=1)
+            for mass in sorted(intervals, reverse=True):
+                low, high = self.quantile([0.5 - mass / 2, 0.5 + mass / 2])[..., i]
+                panel.fill_between(ahead, low, high, color="tab:blue", alpha=0.25, lw=0, label=f"{mass:.0%}")
+            panel.plot(ahead, self.quantile(0.5)[:, i], color="tab:blue", lw=1.2, label="median")
+            for path in self.samples[:paths, :, i]:
+                panel.plot(ahead, path, color="tab:blue", lw=0.4, alpha=0.6)
+            if truth is not None:
+                panel.plot(ahead, np.asarray(truth, dtype=float)[:length, i], color="tab:orange", lw=1, label="truth")
+            panel.set_ylabel(self.names[i], fontsize="small")
+            panel.margins(x=0)
+        figure.axes[0].legend(fontsize="x-small", loc="upper left", ncols=4)
+        figure.axes[-1].set_xlabel(f"times from {self.index[0]} on")
+        return figure
+
+    def _number(self, series: str | int) -> int:
+        if isinstance(series, str):
+            if series not in self.names:
+                raise ValueError(f"`series` {series!r} is not one of {self.names[:8]}...")
+            return self.names.index(series)
+        return series
+
+    def _check_single(self, method: str) -> None:
+        if self.samples.ndim != 3:
+            raise ValueError(f"`{method}` is for the forecast of one history, this has {len(self.samples)}: take one.")
+
+    def windows(self) -> list["VSDMForecastOutput"]:
+        """The forecasts of several histories, each by itself."""
+        if self.samples.ndim == 3:
+            return [self]
+        pairs = zip(self.samples, self.index, strict=True)
+        return [VSDMForecastOutput(samples=samples, index=index, names=self.names) for samples, index in pairs]
+
+
+class VSDMForecastPipeline(DiffusionPipeline):
+    """Probabilistic forecasts of d series by a conditional diffusion of their next values, one time after the other.
+
+    Args:
+        model ([`ForecastModel`]): The encoder of the past and the denoiser.
+        scheduler ([`VSDMScheduler`]): The process, with its drift.
+        normalizer ([`DataNormalizer`], *optional*): Maps the scheduler's units to the model's.
+    """
+
+    model_cpu_offload_seq = "model"
+    _exclude_from_cpu_offload = ["normalizer"]
+    _optional_components = ["normalizer"]
+
+    def __init__(self, model: ForecastModel, scheduler: VSDMScheduler, normalizer: DataNormalizer | None = None):
+        super().__init__()
+        if not isinstance(scheduler, VSDMScheduler):
+            raise ValueError(
+                f"`scheduler` must be a VSDMScheduler, got {type(scheduler).__name__}: use"
+                " `VSDMScheduler.from_config(scheduler.config)`."
+            )
+        VSDMPipeline._align(model)
+        self.register_modules(model=model, scheduler=scheduler, normalizer=normalizer)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        history: Any,
+        num_samples: int = 100,
+        prediction_length: int | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | None = None,
+        start: Any = None,
+        batch_size: int = 4096,
+        return_dict: bool = True,
+    ) -> VSDMForecastOutput | tuple[np.ndarray]:
+        """Sample paths of the times after a history.
+
+        Args:
+            history: Values up to the first time to predict, `(time, d)` with NaN where missing: a DataFrame with a
+                regular index of time, or an array with `start`; a list of these, or a GluonTS data set, for several.
+                There must be `model.history_length` times at least, and more are not read.
+            num_samples (`int`, defaults to 100): Sample paths of each history.
+            prediction_length (`int`, *optional*): Times to predict. Defaults to those that the model was trained for.
+            num_inference_steps (`int`, *optional*): Steps of the solver at each time. Defaults to 50, or all training
+                times if there are fewer.
+            generator (`torch.Generator`, *optional*): For reproducible paths; they depend on `batch_size` too.
+            start (`str` or `pd.Period`, *optional*): The first time of arrays, for a model whose series have a clock.
+            batch_size (`int`, defaults to 4096): Paths that are sampled at once.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`VSDMForecastOutput`] or a tuple.
+
+        Returns:
+            [`VSDMForecastOutput`], or the tuple `(samples,)`.
+
+        Raises:
+            ValueError: A history is too short, has another number of series or another frequency than the model's, an
+                index with doubled times or times out of order, infinite values, or a series without any value in the
+                model's reach; or a number is not positive.
+            TypeError: A history is of another type.
+        """
+        length = self.model.config["prediction_length"] if prediction_length is None else prediction_length
+        for name, value in {
+            "num_samples": num_samples,
+            "prediction_length": length,
+            "batch_size": batch_size,
+        }.items():
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"`{name}` must be a positive whole number, got {value!r}.")
+        if self.model.config["encoder_type"] == "transformer" and length > self.model.config["prediction_length"]:
+            raise ValueError(
+                f"`prediction_length` {length} is more than the {self.model.config['prediction_length']} that this"
+                " model's transformer has positions for."
+            )
+        frames, is_single = self._frames(history, start)
+        values = torch.stack([self._values(frame) for frame in frames])
+        indices = [_times_after(frame.index, length) for frame in frames]
+        reach = self.model.history_length
+        calendar = torch.stack(
+            [
+                calendar_features(frame.index[-reach:].append(index), self.model.config["season_length"])
+                for frame, index in zip(frames, indices, strict=True)
+            ]
+        )
+        self.scheduler.set_timesteps(num_inference_steps or self._default_num_steps(), device=self._execution_device)
+        per_window = min(num_samples, batch_size)
+        num_windows = max(1, batch_size // per_window)
+        rows = []
+        splits = [min(per_window, num_samples - done) for done in range(0, num_samples, per_window)]
+        with self.progress_bar(total=len(splits) * math.ceil(len(frames) / num_windows) * length) as bar:
+            for first in range(0, len(frames), num_windows):
+                part = slice(first, first + num_windows)
+                paths = [self._paths(values[part], calendar[part], n, length, generator, bar) for n in splits]
+                rows.append(torch.cat(paths, dim=1))
+        samples = torch.cat(rows).float().cpu().numpy()
+        self.maybe_free_model_hooks()
+        output = VSDMForecastOutput(
+            samples=samples[0] if is_single else samples,
+            index=indices[0] if is_single else indices,
+            names=[str(name) for name in frames[0].columns],
+        )
+        return output if return_dict else (output.samples,)
+
+    def predictor(self, num_inference_steps: int | None = None, seed: int | None = None, batch_size: int = 4096) -> Any:
+        """This pipeline as a `gluonts.model.predictor.Predictor`, for `make_evaluation_predictions` and the like.
+
+        Args:
+            num_inference_steps, batch_size: As in the call.
+            seed (`int`, *optional*): Of the paths; by default they differ from call to call.
+        """
+        from .gluonts_predictor import VSDMPredictor
+
+        return VSDMPredictor(self, num_inference_steps, seed, batch_size)
+
+    # Sampling -------------------------------------------------------------------------------------------------------
+
+    def _paths(
+        self, values: Tensor, calendar: Tensor, num_samples: int, length: int, generator: Any, bar: Any
+    ) -> Tensor:
+        """Paths `(windows, num_samples, length, d)` of histories `(windows, history_length, d)`."""
+        model, device = self.model, self._execution_device
+        reach = model.reach
+        values, calendar = values.to(device), calendar.to(device)
+        units = model.scale(values)
+        past = calendar[:, reach : model.history_length]
+        inputs = model.inputs(values, past, units, model.locations(values, units))
+        _, state = model.encode(inputs.to(model.dtype))
+        state = model.encoder.repeat(state, num_samples)
+        known = _filled(values, model.config["differencing"])[:, -reach:]
+        units = type(units)(*(part.repeat_interleave(num_samples, 0) for part in units))
+        # the lags of what is missing are missing; what is a difference to it is one to the last value before
+        recent, references = (x.repeat_interleave(num_samples, 0) for x in (values[:, -reach:], known))
+        ahead = calendar[:, model.history_length :].repeat_interleave(num_samples, 0)
+        paths = []
+        for step in range(length):
+            # the last of these is the one to predict, whose location is known
+            unknown = torch.full_like(recent[:, :1], torch.nan)
+            location = model.locations(torch.cat([references, unknown], 1), units)
+            inputs = model.inputs(torch.cat([recent, unknown], 1), ahead[:, step : step + 1], units, location)
+            hidden, state = model.encode(inputs.to(model.dtype), state)
+            z = self._sample(hidden[:, 0], generator)
+            x = (location + units.scale * z[:, None].to(location.dtype)).to(recent.dtype)
+            recent, references = (torch.cat([window[:, 1:], x], 1) for window in (recent, references))
+            paths.append(x)
+            bar.update()
+        return torch.cat(paths, dim=1).unflatten(0, (-1, num_samples))
+
+    def _sample(self, condition: Tensor, generator: Any) -> Tensor:
+        """One value of all series in the model's units, `(n, d)`, given what the encoder knows."""
+        scheduler, model = self.scheduler, self.model
+        scheduler.set_begin_index(0)
+        shape = (len(condition), model.config["num_series"])
+        latents = scheduler.sample_prior(shape, generator, condition.device, model.dtype)
+        for timestep in scheduler.timesteps:
+            model_input = scheduler.scale_model_input(latents, timestep).to(model.dtype)
+            output = model(model_input, timestep, condition=condition, return_dict=False)[0]
+            latents = scheduler.step(output, timestep, latents, generator=generator, return_dict=False)[0]
+        if self.normalizer is None:
+            return latents
+        return self.normalizer.to(latents.device).denormalize(latents)
+
+    def _default_num_steps(self) -> int:
+        return min(50, len(self.scheduler) - (self.scheduler.config.get("final_sigmas_type") == "sigma_min"))
+
+    # Input ----------------------------------------------------------------------------------------------------------
+
+    def _frames(self, history: Any, start: Any) -> tuple[list[Any], bool]:
+        """Histories as frames whose index is the model's kind, and whether there is only one."""
+        from ..data.frames import frames_of
+
+        freq = self.model.config["freq"]
+        frames, is_single = frames_of(history, freq)
+        return [self._checked(frame, start, freq) for frame in frames], is_single
+
+    def _checked(self, frame: Any, start: Any, freq: str | None) -> Any:
+        import pandas as pd
+
+        config, needed = self.model.config, self.model.history_length
+        if frame.shape[1] != config["num_series"]:
+            raise ValueError(f"`history` has {frame.shape[1]} series, the model was trained on {config['num_series']}.")
+        names = config["series_names"]
+        if names is not None and sorted(map(str, frame.columns)) == sorted(names):
+            frame = frame[names]  # in whatever order they came
+        has_clock = isinstance(frame.index, pd.PeriodIndex)
+        if freq is not None and not has_clock:
+            if start is None:
+                raise ValueError(
+                    f"`history` has no times, and the model's series have a clock of frequency {freq!r}: pass a"
+                    " DataFrame with an index of time, or `start`, the first time of an array."
+                )
+            frame = frame.set_axis(pd.period_range(start, periods=len(frame), freq=freq), axis=0)
+        if freq is None and has_clock:
+            raise ValueError("`history` has times, but the model was trained on series without a clock: pass an array.")
+        if len(frame) < needed:
+            raise ValueError(
+                f"`history` has {len(frame)} times, and the model needs {needed}: a context of"
+                f" {config['context_length']}, and {self.model.reach} before it for its lags."
+            )
+        recent = frame.iloc[-needed:]
+        empty = [str(name) for name in recent.columns[recent.isna().all().to_numpy()]]
+        if empty:
+            raise ValueError(f"`history` knows nothing of the series {empty[:5]} in its last {needed} times.")
+        return frame
+
+    def _values(self, frame: Any) -> Tensor:
+        """The values that a forecast depends on, `(history_length, d)`."""
+        return torch.from_numpy(frame.to_numpy(np.float32)[-self.model.history_length :].copy())
+
+
+def _times_after(index: Any, length: int) -> Any:
+    """The next times of an index of periods, or of numbers."""
+    import pandas as pd
+
+    if isinstance(index, pd.PeriodIndex):
+        return pd.period_range(index[-1] + 1, periods=length, freq=index.freq)
+    return pd.RangeIndex(index[-1] + 1, index[-1] + 1 + length)
+
+
+def _filled(values: Tensor, stride: int) -> Tensor:
+    """Each missing value as the last known one a multiple of `stride` times before, `(batch, length, d)`.
+
+    What has none before is filled from behind in the same way, so that some value stands wherever one is known at
+    that phase, and else with the series' mean.
+    """
+    if not stride or not values.isnan().any():
+        return values
+    filled = values.clone()
+    for i in range(stride, filled.shape[1]):
+        filled[:, i] = torch.where(filled[:, i].isnan(), filled[:, i - stride], filled[:, i])
+    for i in reversed(range(filled.shape[1] - stride)):
+        filled[:, i] = torch.where(filled[:, i].isnan(), filled[:, i + stride], filled[:, i])
+    return torch.where(filled.isnan(), values.nanmean(1, keepdim=True), filled)

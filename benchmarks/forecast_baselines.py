@@ -10,16 +10,13 @@ three times as many windows, directly before the test windows. Adds its runs to
 """
 
 import argparse
-import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import logging
 import math
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -27,10 +24,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from gluonts.evaluation import MultivariateEvaluator
-from gluonts.model.forecast import SampleForecast
 
-from diffusers_vsdm.data.series import load_series, rolling_windows
+from diffusers_vsdm.data.frames import rolling_windows
+from diffusers_vsdm.data.series import load_series
+from diffusers_vsdm.metrics.forecast import forecast_metrics
 
 from .tables import RESULTS
 
@@ -38,9 +35,7 @@ from .tables import RESULTS
 SAMPLES, SEEDS = 100, (0, 1, 2)
 DEEP_AR_SECONDS = 120  # of training, on one core
 VALIDATION = 3  # windows for the choice of settings, for each test window
-QUANTILES = (np.arange(20) / 20.0)[1:]
 Sampler = Callable[[np.random.Generator], np.ndarray]  # -> (samples, horizon, series)
-Windows = list[tuple[pd.DataFrame, pd.DataFrame]]  # what came before, what is to be forecast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,34 +81,12 @@ DATASETS = {
         seasonal(24, 168),
         8 * 168,
     ),
+    # by the hour the week is the better season; here it takes so long that it is not compared again
     "electricity-15min": Dataset(
         SIMBENCH, {"columns": ["load"]} | CONSECUTIVE, 24, 7, (96, 672), seasonal(672), 4 * 672
     ),
     "solar": Dataset("nrel_solar_fl_dayahead.csv.gz", {}, 10, 7, (10,), seasonal(10), 600),
 }
-
-
-def evaluate(
-    samples_per_window: list[np.ndarray], windows: list[pd.DataFrame], series: list[int] | None = None
-) -> dict[str, float]:
-    """CRPS-sum and its relatives of paths (samples, horizon, series); CRPS is of the named `series` alone, if any."""
-    evaluator = MultivariateEvaluator(
-        quantiles=QUANTILES, target_agg_funcs={"sum": np.sum}, eval_dims=series, num_workers=0
-    )
-    # no measure here knows of time, so a clock is made up; those that look at the past complain that there is none
-    index = pd.period_range("2000-01-01", periods=len(windows[0]), freq="D")
-    targets = [pd.DataFrame(window.to_numpy(), index) for window in windows]
-    forecasts = [SampleForecast(samples, index[0]) for samples in samples_per_window]
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found, _ = evaluator(targets, forecasts)
-    names = {
-        "crps_sum": "m_sum_mean_wQuantileLoss",
-        "crps": "mean_wQuantileLoss",
-        "nd_sum": "m_sum_ND",
-        "nrmse_sum": "m_sum_NRMSE",
-    }
-    return {ours: float(found[theirs]) for ours, theirs in names.items()}
 
 
 def naive(history: np.ndarray, horizon: int) -> Sampler:
@@ -287,7 +260,7 @@ def choose(name: str, data: Dataset, frame: pd.DataFrame) -> tuple[dict[str, Any
     for setting in settings(data):
         samplers = fit([history.to_numpy() for history, _ in windows], data.horizon, **setting)
         rng = np.random.default_rng(0)
-        metrics = evaluate([draw(rng) for draw in samplers], [window for _, window in windows], series=[0])
+        metrics = forecast_metrics([draw(rng) for draw in samplers], [window for _, window in windows], series=[0])
         found.append((metrics["crps_sum"], setting))
     scores = {json.dumps(setting): score for score, setting in found}
     return min(found, key=lambda entry: entry[0])[1], scores
@@ -305,7 +278,7 @@ def measure(name: str, dataset: str, frame: pd.DataFrame) -> list[dict[str, Any]
     samples = [[draw(rng) for rng in rngs] for draw in samplers]
     seconds = {"seconds_choosing": round(chosen - start, 2), "seconds": round(time.perf_counter() - chosen, 2)}
     for seed, of_seed in zip(SEEDS, zip(*samples, strict=True), strict=True):
-        metrics = evaluate(list(of_seed), [window for _, window in windows]) | seconds
+        metrics = forecast_metrics(list(of_seed), [window for _, window in windows]) | seconds
         config = {"setting": setting, "validation": validation}
         runs.append({"name": f"{dataset}: {name}", "seed": seed, "metrics": metrics, "config": config})
     return runs

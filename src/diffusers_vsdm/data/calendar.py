@@ -40,7 +40,7 @@ def calendar_features(index: Any, season_length: int = 1) -> Tensor:
             of none, where they are sine and cosine of the place in a season.
         season_length: Times in a season, for an index without a clock.
     """
-    if getattr(index, "freqstr", None) is None:
+    if not hasattr(index, "freqstr"):
         phase = 2 * np.pi * (np.asarray(index) % season_length) / season_length
         return torch.from_numpy(np.stack([np.sin(phase), np.cos(phase)], axis=1).astype(np.float32))
     from gluonts.time_feature import time_features_from_frequency_str

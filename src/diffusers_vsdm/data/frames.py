@@ -409,7 +409,7 @@ def as_gluonts_entries(frames: Iterable[pd.DataFrame]) -> list[dict[str, Any]]:
 
     Returns:
         For each frame a dictionary: `target`, `(d, T)` of float32; `start`, a `pd.Period`, which for a `RangeIndex`
-        is the day 2000-01-01, a stand-in; and `item_id`, the frame's number as text.
+        is a stand-in, as many days after 2000-01-01 as it starts at; and `item_id`, the frame's number as text.
 
     Raises:
         TypeError: An index is neither a `PeriodIndex` nor a `RangeIndex`.
@@ -428,7 +428,7 @@ def _start(index: pd.Index) -> pd.Period:
     if isinstance(index, pd.PeriodIndex):
         return index[0]
     if isinstance(index, pd.RangeIndex):
-        return pd.Period(*STAND_IN)
+        return pd.Period(*STAND_IN) + index.start
     raise TypeError(
         f"The index of a frame is a {type(index).__name__}, not a PeriodIndex or RangeIndex: make it regular with"
         " `regular_frame` first."

@@ -12,7 +12,9 @@ from ..data import TOYS
 from ..files import write_atomically
 
 
-TEMPLATE, BRIDGE_TEMPLATE = "model_card_template.md", "bridge_card_template.md"
+TEMPLATE = "model_card_template.md"
+# of runs with a setting of this name
+TEMPLATES = {"objective": "bridge_card_template.md", "differencing": "forecast_card_template.md"}
 GENERATED = re.compile(r"<!-- generated: (\w+) -->.*?<!-- end -->\n?", flags=re.DOTALL)
 METRIC_NAMES = {
     "w2_standardized": "2-Wasserstein distance, standardised axes",
@@ -22,6 +24,10 @@ METRIC_NAMES = {
     "w2_forward": "2-Wasserstein distance of the forward end",
     "w2_forward_floor": "the same between two samples of the prior",
     "control_energy": "control energy, nats",
+    "crps_sum": "CRPS-sum",
+    "crps": "CRPS, weighted mean over the series",
+    "nd_sum": "normalised deviation of the sum",
+    "nrmse_sum": "normalised root mean squared error of the sum",
 }
 
 
@@ -42,7 +48,7 @@ def render_card(
     """
     metrics, config = record["metrics"], record["config"]
     is_toy = not config["train_data_dir"] and config["dataset_name"] in TOYS
-    task = "class-conditional-generation" if config.get("class_conditional") else "unconditional-generation"
+    task = _task(config)
     name = folder.resolve().name if repo_id is None else repo_id.split("/")[-1]
     rows = [(label, metrics[key]) for key, label in METRIC_NAMES.items() if key in metrics]
     rows += [(f"straightness, dimension {i}", value) for i, value in enumerate(metrics.get("straightness", []))]
@@ -66,7 +72,7 @@ def render_card(
         or None,
     )
     location = repo_id or _location(folder)
-    template = _template(BRIDGE_TEMPLATE if "objective" in config else TEMPLATE)
+    template = _template(next((name for key, name in TEMPLATES.items() if key in config), TEMPLATE))
     card = ModelCard(template.render(model_name=name, location=location, is_toy=is_toy, rows=rows, **record))
     card.data = data
     path = folder / "README.md"
@@ -77,6 +83,12 @@ def render_card(
         _merge(card, old, name, {"license": config["license"]} if config["license"] else {})
     write_atomically(path, str(card).encode())
     return card
+
+
+def _task(config: dict[str, Any]) -> str:
+    if "differencing" in config:
+        return "time-series-forecasting"
+    return "class-conditional-generation" if config.get("class_conditional") else "unconditional-generation"
 
 
 @functools.cache

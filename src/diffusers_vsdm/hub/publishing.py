@@ -10,8 +10,8 @@ from .cards import render_card
 
 
 # what a model is; checkpoints, logs and whatever else lies beside it stays where it is
-FILES = ("README.md", "model_index.json", "pipeline.py", "metrics.json", "samples.png", "drift.png")
-FOLDERS = ("unet", "forward_unet", "scheduler", "normalizer")
+FILES = ("README.md", "model_index.json", "pipeline.py", "metrics.json", "samples.png", "forecast.png", "drift.png")
+FOLDERS = ("unet", "forward_unet", "model", "scheduler", "normalizer")
 
 
 def create_repository(

@@ -26,12 +26,15 @@ MEASURES = {
 }
 
 
-def forecast_metrics(samples: Sequence[np.ndarray], truth: Sequence[Any]) -> dict[str, float]:
+def forecast_metrics(
+    samples: Sequence[np.ndarray], truth: Sequence[Any], series: list[int] | None = None
+) -> dict[str, float]:
     """Scores over all windows together; lower is better.
 
     Args:
         samples: Paths of each window, `(num_samples, prediction_length, d)`.
         truth: What came, `(prediction_length, d)` each, arrays or frames.
+        series: Series that `crps` is of, by default all; what is said of the sum is of all in any case.
 
     Returns:
         `crps_sum`; `crps`, its mean over the series taken by themselves, weighted by their absolute values; and of the
@@ -55,7 +58,9 @@ def forecast_metrics(samples: Sequence[np.ndarray], truth: Sequence[Any]) -> dic
             raise ValueError("A forecast holds NaN or infinite values.")
         if np.isnan(window).any():
             raise ValueError("The truth holds missing values, of which no sum is known: leave such windows out.")
-    evaluator = MultivariateEvaluator(quantiles=LEVELS, target_agg_funcs={"sum": np.sum}, num_workers=0)
+    evaluator = MultivariateEvaluator(
+        quantiles=LEVELS, target_agg_funcs={"sum": np.sum}, eval_dims=series, num_workers=0
+    )
     # none of these measures knows of time, so a clock is made up; those that look at the past complain of none
     index = pd.period_range("2000-01-01", periods=len(targets[0]), freq="D")
     forecasts = [SampleForecast(np.asarray(paths, dtype=float), index[0]) for paths in samples]

@@ -1,7 +1,8 @@
 """Networks that denoise a vector of d series, given what an encoder knows of the past.
 
-A denoiser is a module with `forward(sample, timestep, condition)`: `(batch, d)`, training steps k, one or `(batch,)`,
-and `(batch, condition_size)`; it returns `(batch, d)`. Both treat the series as positions of a line, closed to a ring.
+A denoiser is a module with `forward(sample, timestep, hidden, known)`: `(batch, d)`, training steps k, one or
+`(batch,)`, the encoder's `(batch, hidden_size)`, and what is known of each series, `(batch, num_known, d)`; it returns
+`(batch, d)`. Both treat the series as positions of a line, closed to a ring.
 
 References:
     van den Oord et al. (2016), "WaveNet: A Generative Model for Raw Audio": gated dilated convolutions.
@@ -20,10 +21,10 @@ from .mlp import TimeEmbedding
 
 
 class _GatedBlock(nn.Module):
-    def __init__(self, channels: int, width: int, dilation: int):
+    def __init__(self, channels: int, width: int, dilation: int, num_known: int):
         super().__init__()
         self.time = nn.Linear(width, channels)
-        self.condition = nn.Conv1d(1, 2 * channels, 1)
+        self.condition = nn.Conv1d(1 + num_known, 2 * channels, 1)
         self.dilated = nn.Conv1d(
             channels, 2 * channels, 3, padding=dilation, dilation=dilation, padding_mode="circular"
         )
@@ -42,7 +43,8 @@ class WaveNetDenoiser(nn.Module):
     def __init__(
         self,
         num_series: int,
-        condition_size: int,
+        hidden_size: int,
+        num_known: int,
         num_train_timesteps: int,
         num_layers: int,
         channels: int,
@@ -51,21 +53,21 @@ class WaveNetDenoiser(nn.Module):
         super().__init__()
         self.embed_time = TimeEmbedding(num_train_timesteps, width)
         self.embed = nn.Conv1d(1, channels, 1)
-        self.spread = _spread(condition_size, num_series)
+        self.spread = _spread(hidden_size, num_series)
         # a reach of 1, 2, 1, 2, ...; a ring of one or two series has no more
         reach = [min(2 ** (i % 2), max(1, num_series - 1)) for i in range(num_layers)]
-        self.blocks = nn.ModuleList(_GatedBlock(channels, width, dilation) for dilation in reach)
+        self.blocks = nn.ModuleList(_GatedBlock(channels, width, dilation, num_known) for dilation in reach)
         last = nn.Conv1d(channels, 1, 1)
         nn.init.zeros_(last.weight)
         self.readout = nn.Sequential(nn.Conv1d(channels, channels, 1), nn.SiLU(), last)
 
-    def forward(self, sample: Tensor, timestep: Tensor | float | int, condition: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor | float | int, hidden: Tensor, known: Tensor) -> Tensor:
         """See the module."""
         time = self.embed_time(timestep)
-        condition = self.spread(condition)[:, None]
-        hidden, total = nn.functional.silu(self.embed(sample[:, None])), torch.zeros((), device=sample.device)
+        condition = torch.cat([self.spread(hidden)[:, None], known], dim=1)
+        values, total = nn.functional.silu(self.embed(sample[:, None])), torch.zeros((), device=sample.device)
         for block in self.blocks:
-            hidden, skip = block(hidden, time, condition)
+            values, skip = block(values, time, condition)
             total = total + skip
         return self.readout(total / math.sqrt(len(self.blocks)))[:, 0]
 
@@ -78,7 +80,8 @@ class UNetDenoiser(nn.Module):
     def __init__(
         self,
         num_series: int,
-        condition_size: int,
+        hidden_size: int,
+        num_known: int,
         num_train_timesteps: int,
         num_layers: int,
         channels: int,
@@ -86,11 +89,11 @@ class UNetDenoiser(nn.Module):
     ):
         super().__init__()
         self.scale = 1000 / num_train_timesteps  # the embedding is made for a thousand steps
-        self.spread = _spread(condition_size, num_series)
+        self.spread = _spread(hidden_size, num_series)
         self.padding = -num_series % 2**self.LEVELS
         groups = math.gcd(8, channels)
         self.unet = UNet1DModel(
-            in_channels=2,
+            in_channels=2 + num_known,
             out_channels=1,
             time_embedding_type="positional",
             use_timestep_embedding=True,
@@ -106,20 +109,20 @@ class UNetDenoiser(nn.Module):
             downsample_each_block=False,
         )
 
-    def forward(self, sample: Tensor, timestep: Tensor | float | int, condition: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor | float | int, hidden: Tensor, known: Tensor) -> Tensor:
         """See the module."""
         k = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
-        ring = torch.stack([sample, self.spread(condition)], dim=1)
+        ring = torch.cat([sample[:, None], self.spread(hidden)[:, None], known], dim=1)
         while ring.shape[-1] < sample.shape[-1] + self.padding:  # a ring may be short of what it is padded by
             ring = torch.cat([ring, ring[..., : sample.shape[-1] + self.padding - ring.shape[-1]]], dim=-1)
         return self.unet(ring, k * self.scale, return_dict=False)[0][:, 0, : sample.shape[-1]]
 
 
-def _spread(condition_size: int, num_series: int) -> nn.Module:
-    """One number for each series out of a condition."""
+def _spread(hidden_size: int, num_series: int) -> nn.Module:
+    """One number for each series out of a hidden vector."""
     half = max(1, num_series // 2)
-    return nn.Sequential(nn.Linear(condition_size, half), nn.SiLU(), nn.Linear(half, num_series), nn.SiLU())
+    return nn.Sequential(nn.Linear(hidden_size, half), nn.SiLU(), nn.Linear(half, num_series), nn.SiLU())
 
 
-# constructors of (series d, condition size, training times N, layers, channels, width of the embedding of time)
+# constructors of (d, hidden_size, num_known, training times N, layers, channels, width of the embedding of time)
 DENOISERS = {"wavenet": WaveNetDenoiser, "unet": UNetDenoiser}

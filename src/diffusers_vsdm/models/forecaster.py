@@ -3,7 +3,8 @@ r"""`ForecastModel`: an encoder of the past and a denoiser of the next values of
 At each time t the values $x_t$ of all series are a vector, and the model is of $z_t = (x_t - l_t) / c$: with a scale c
 for each series and window, and a location l, 0 for the levels themselves or $x_{t-m}$ for differences over m times.
 The encoder reads, up to t, the values at some lags before it in the same units, which of them are missing, the
-calendar, and $\log c$; its hidden vector is what the denoiser is given.
+calendar, and $\log c$. The denoiser is given its hidden vector, and again the lagged values of each series, which need
+not pass through so narrow a door.
 
 References:
     Rasul et al. (2021), "Autoregressive Denoising Diffusion Models for Multivariate Probabilistic Time Series
@@ -24,6 +25,8 @@ from .mlp import MLPModelOutput
 
 
 SCALINGS = ("mean", "standard", "none")
+LEAST_SCALE = 0.1  # of the typical one: a series that rests in a window, a pegged currency, moves another day
+MOST_UNITS = 10.0  # what lies beyond, when it does, would be most of a variance
 
 
 class Scale(NamedTuple):
@@ -45,7 +48,7 @@ class ForecastModel(ModelMixin, ConfigMixin):
         num_time_features (`int`): Features of the calendar.
         differencing (`int`, defaults to 0): m: what is modelled is the difference to the value m times before; 0 for
             the value itself.
-        scaling (`str`, defaults to `"mean"`): Scale of a series in a window: `"mean"` absolute value in the context,
+        scaling (`str`, defaults to `"mean"`): Scale of a series in a window: `"mean"` absolute value in the history,
             `"standard"` deviation about the mean (without differencing also the location), or `"none"`, 1.
         missing_indicators (`bool`, defaults to `False`): Whether the encoder is told which values are missing.
         freq (`str`, *optional*): Frequency of the series as in pandas; None for series without a clock.
@@ -58,7 +61,7 @@ class ForecastModel(ModelMixin, ConfigMixin):
         denoiser_layers, denoiser_channels, denoiser_width (`int`, defaults to 8, 8 and 64): Its size.
 
     Attributes (buffers):
-        typical_scale: Scale of each series in the training data, `(d,)`: for windows in which it does not vary.
+        typical_scale: Scale of each series in the training data, `(d,)`: for windows in which it hardly varies.
     """
 
     typical_scale: Tensor
@@ -106,11 +109,18 @@ class ForecastModel(ModelMixin, ConfigMixin):
             if key not in allowed:
                 raise ValueError(f"`{name}` must be one of {tuple(allowed)}, got {key!r}.")
         self.register_to_config(lags=sorted(set(lags)), series_names=series_names and list(series_names))
-        inputs = num_series * len(self.lags) * (2 if missing_indicators else 1) + num_series + num_time_features
+        self.num_known = len(self.lags) * (2 if missing_indicators else 1)
+        inputs = num_series * self.num_known + num_series + num_time_features
         length = context_length + prediction_length
         self.encoder = ENCODERS[encoder_type](inputs, encoder_width, encoder_layers, encoder_dropout, length)
         self.denoiser = DENOISERS[denoiser_type](
-            num_series, encoder_width, num_train_timesteps, denoiser_layers, denoiser_channels, denoiser_width
+            num_series,
+            encoder_width,
+            self.num_known,
+            num_train_timesteps,
+            denoiser_layers,
+            denoiser_channels,
+            denoiser_width,
         )
         self.register_buffer("typical_scale", torch.ones(num_series))
 
@@ -142,7 +152,7 @@ class ForecastModel(ModelMixin, ConfigMixin):
         Args:
             sample (`Tensor`): `(n, d)` in the model's units.
             timestep (`Tensor`): Training steps, one or `(n,)`.
-            condition (`Tensor`, *optional*): What the encoder knows, `(n, encoder_width)`; or
+            condition (`Tensor`, *optional*): What is known of the past, `(n, condition_size)`, see [`encode`]; or
             inputs (`Tensor`, *optional*): what it reads, `(batch, length, features)`, n = batch * length: see
                 [`inputs`].
             return_dict (`bool`, defaults to `True`): Whether to return a [`MLPModelOutput`] or a tuple.
@@ -150,25 +160,27 @@ class ForecastModel(ModelMixin, ConfigMixin):
         if (condition is None) == (inputs is None):
             raise ValueError("Pass exactly one of `condition` and `inputs`.")
         if condition is None:
-            condition = self.encoder(inputs)[0].flatten(0, 1)
+            assert inputs is not None
+            condition = self.encode(inputs)[0].flatten(0, 1)
         if sample.shape != (len(condition), self.config["num_series"]):
             raise ValueError(
                 f"`sample` must have shape {(len(condition), self.config['num_series'])}, got {tuple(sample.shape)}."
             )
-        output = self.denoiser(sample, timestep, condition)
+        hidden, known = condition.tensor_split([self.config["encoder_width"]], dim=1)
+        output = self.denoiser(sample, timestep, hidden, known.unflatten(1, (self.num_known, -1)))
         return MLPModelOutput(sample=output) if return_dict else (output,)
 
     # Units ----------------------------------------------------------------------------------------------------------
 
     def scale(self, values: Tensor) -> Scale:
-        """Units of a window by its first `history_length` values, `(batch, >= history_length, d)`, NaN where missing.
+        """Units of a window, by its first `history_length` values: `(batch, >= history_length, d)`, NaN where missing.
 
-        A series that does not vary there, or of which nothing is known, has its typical scale.
+        They are a tenth of the typical ones at least, and those where nothing is known of a series.
         """
         differencing, scaling = self.config["differencing"], self.config["scaling"]
-        context = values[:, self.reach : self.history_length]
+        context = values[:, : self.history_length]
         if differencing:
-            context = context - values[:, self.reach - differencing : self.history_length - differencing]
+            context = context[:, differencing:] - context[:, :-differencing]
         location = torch.zeros_like(context[:, :1])
         if scaling == "none":
             return Scale(location, torch.ones_like(location))
@@ -180,8 +192,7 @@ class ForecastModel(ModelMixin, ConfigMixin):
         else:
             scale = context.abs().nanmean(1, keepdim=True)
         typical = self.typical_scale.to(scale)
-        # what a constant series is left with by rounding is no scale
-        return Scale(location, torch.where(scale > 1e-4 * typical, scale, typical))
+        return Scale(location, torch.where(scale.isnan(), typical, scale.maximum(LEAST_SCALE * typical)))
 
     def locations(self, values: Tensor, units: Scale) -> Tensor:
         """Location of each time from the `reach`-th on, `(batch, length, d)`, for values `(batch, reach + length, d)`.
@@ -204,7 +215,7 @@ class ForecastModel(ModelMixin, ConfigMixin):
         length = calendar.shape[1]
         lagged = torch.stack([values[:, self.reach - lag : self.reach - lag + length] for lag in self.lags], dim=2)
         lagged = ((lagged - locations[:, :, None]) / units.scale[:, :, None]).flatten(2)
-        parts = [lagged.nan_to_num()]
+        parts = [lagged.nan_to_num().clamp(-MOST_UNITS, MOST_UNITS)]
         if self.config["missing_indicators"]:
             parts.append(lagged.isnan().to(lagged.dtype))
         size = (units.scale / self.typical_scale.to(units.scale)).log().expand(-1, length, -1)
@@ -213,6 +224,8 @@ class ForecastModel(ModelMixin, ConfigMixin):
     def windows(self, values: Tensor, calendar: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs `(batch, length, features)` and $z_t$ `(batch, length, d)`, NaN where missing, of whole windows.
 
+        Jumps of more than ten units count as ten.
+
         Args:
             values: `(batch, reach + length, d)`, NaN where missing; length is that of context and prediction.
             calendar: `(batch, reach + length, num_time_features)`.
@@ -220,8 +233,12 @@ class ForecastModel(ModelMixin, ConfigMixin):
         units = self.scale(values)
         locations = self.locations(values, units)
         inputs = self.inputs(values, calendar[:, self.reach :], units, locations)
-        return inputs, (values[:, self.reach :] - locations) / units.scale
+        return inputs, ((values[:, self.reach :] - locations) / units.scale).clamp(-MOST_UNITS, MOST_UNITS)
 
     def encode(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Hidden vectors `(batch, length, encoder_width)` of inputs that follow those of the state; the new state."""
-        return self.encoder(inputs, state)
+        """Conditions of the denoiser, `(batch, length, condition_size)`, of inputs that follow those of a state.
+
+        Also returns the new state. A condition is a hidden vector and the lagged values.
+        """
+        hidden, state = self.encoder(inputs, state)
+        return torch.cat([hidden, inputs[..., : self.num_known * self.config["num_series"]]], dim=-1), state

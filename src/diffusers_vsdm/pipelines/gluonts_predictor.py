@@ -3,10 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from gluonts.dataset import Dataset
 from gluonts.model.forecast import SampleForecast
 from gluonts.model.predictor import Predictor
+
+from ..data.frames import STAND_IN, numbered
 
 
 class VSDMPredictor(Predictor):
@@ -29,7 +33,7 @@ class VSDMPredictor(Predictor):
         entries = list(dataset)
         generator = None if self.seed is None else torch.Generator(self.pipeline.device).manual_seed(self.seed)
         output = self.pipeline(
-            entries,
+            [self._history(entry) for entry in entries],
             num_samples,
             num_inference_steps=self.num_inference_steps,
             generator=generator,
@@ -39,3 +43,11 @@ class VSDMPredictor(Predictor):
         for entry, samples in zip(entries, output.samples, strict=True):
             start = entry["start"] + (entry["target"].shape[-1])
             yield SampleForecast(samples=samples[:, :length], start_date=start, item_id=entry.get("item_id"))
+
+    def _history(self, entry: Any) -> Any:
+        """For a model without a clock, a frame that counts days as [`as_gluonts_entries`] does."""
+        if self.pipeline.model.config["freq"] is not None:
+            return entry
+        values = np.asarray(entry["target"]).T
+        first = (entry["start"] - pd.Period(*STAND_IN)).n if entry["start"].freqstr == STAND_IN[1] else 0
+        return pd.DataFrame(values, pd.RangeIndex(first, first + len(values)), numbered("series", values.shape[1]))

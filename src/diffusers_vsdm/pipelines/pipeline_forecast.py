@@ -248,8 +248,8 @@ class VSDMForecastPipeline(DiffusionPipeline):
             unknown = torch.full_like(recent[:, :1], torch.nan)
             location = model.locations(torch.cat([references, unknown], 1), units)
             inputs = model.inputs(torch.cat([recent, unknown], 1), ahead[:, step : step + 1], units, location)
-            hidden, state = model.encode(inputs.to(model.dtype), state)
-            z = self._sample(hidden[:, 0], generator)
+            condition, state = model.encode(inputs.to(model.dtype), state)
+            z = self._sample(condition[:, 0], generator)
             x = (location + units.scale * z[:, None].to(location.dtype)).to(recent.dtype)
             recent, references = (torch.cat([window[:, 1:], x], 1) for window in (recent, references))
             paths.append(x)
@@ -286,6 +286,8 @@ class VSDMForecastPipeline(DiffusionPipeline):
     def _checked(self, frame: Any, start: Any, freq: str | None) -> Any:
         import pandas as pd
 
+        from ..data.frames import quiet_periods
+
         config, needed = self.model.config, self.model.history_length
         if frame.shape[1] != config["num_series"]:
             raise ValueError(f"`history` has {frame.shape[1]} series, the model was trained on {config['num_series']}.")
@@ -299,7 +301,8 @@ class VSDMForecastPipeline(DiffusionPipeline):
                     f"`history` has no times, and the model's series have a clock of frequency {freq!r}: pass a"
                     " DataFrame with an index of time, or `start`, the first time of an array."
                 )
-            frame = frame.set_axis(pd.period_range(start, periods=len(frame), freq=freq), axis=0)
+            with quiet_periods():
+                frame = frame.set_axis(pd.period_range(start, periods=len(frame), freq=freq), axis=0)
         if freq is None and has_clock:
             raise ValueError("`history` has times, but the model was trained on series without a clock: pass an array.")
         if len(frame) < needed:
@@ -322,8 +325,11 @@ def _times_after(index: Any, length: int) -> Any:
     """The next times of an index of periods, or of numbers."""
     import pandas as pd
 
+    from ..data.frames import quiet_periods
+
     if isinstance(index, pd.PeriodIndex):
-        return pd.period_range(index[-1] + 1, periods=length, freq=index.freq)
+        with quiet_periods():
+            return pd.period_range(index[-1] + 1, periods=length, freq=index.freq)
     return pd.RangeIndex(index[-1] + 1, index[-1] + 1 + length)
 
 

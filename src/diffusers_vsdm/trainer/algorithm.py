@@ -443,7 +443,7 @@ class BaseTrainer(ABC):
             ValueError: The checkpoint is damaged, or belongs to a run with other settings.
         """
         tensors, numbers = load_checkpoint(path)
-        check_settings(path, numbers["config"], self.config.identity(), type(self.config)().identity())
+        check_settings(path, numbers["config"], self.config.identity(), self.config.default_identity())
         self.network.load_state_dict(inside(tensors, "network"))
         self.drift.load_state_dict(inside(tensors, "drift"))
         state = {int(i): inside(inside(tensors, "optimizer"), i) for i in numbers["optimizer_indices"]}

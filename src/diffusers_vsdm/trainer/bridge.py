@@ -377,7 +377,7 @@ class BridgeTrainer:
             ValueError: The checkpoint is damaged, or belongs to a run with other settings.
         """
         tensors, numbers = load_checkpoint(path)
-        check_settings(path, numbers["config"], self.config.identity(), type(self.config)().identity())
+        check_settings(path, numbers["config"], self.config.identity(), self.config.default_identity())
         for name, side in self._named().items():
             own = inside(tensors, name)
             side.network.load_state_dict(inside(own, "network"))

@@ -1,7 +1,7 @@
 """The settings of a training run; `HfArgumentParser` makes the command line of this dataclass."""
 
 import shlex
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -41,6 +41,19 @@ def setting(default: Any, text: str, choices: Any = None) -> Any:
     """A field with its help."""
     metadata = {"help": text} if choices is None else {"help": text, "choices": list(choices)}
     return field(default=default, metadata=metadata)
+
+
+def _default(setting: Field) -> Any:
+    factory = setting.default_factory
+    return setting.default if factory is MISSING else factory()
+
+
+def _flag(name: str, value: Any) -> str:
+    """As `HfArgumentParser` reads it."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no_{name}"
+    values = value if isinstance(value, list) else [value]
+    return " ".join([f"--{name}", *(shlex.quote(str(one)) for one in values)])
 
 
 @dataclass
@@ -232,6 +245,11 @@ class RunConfig:
         """The settings that make the run what it is: all that a resumed part must share."""
         return {key: value for key, value in asdict(self).items() if key not in INCIDENTAL}
 
+    @classmethod
+    def default_identity(cls) -> dict[str, Any]:
+        """These of a run whose settings are all the defaults."""
+        return {setting.name: _default(setting) for setting in fields(cls) if setting.name not in INCIDENTAL}
+
     def public(self) -> dict[str, Any]:
         """The settings that may be published: without local paths, and folders by their last name."""
         hidden = {*LOCAL, *(key for key in asdict(self) if "hub" in key)}
@@ -242,10 +260,9 @@ class RunConfig:
 
     def command(self) -> str:
         """The command line of such a run, of public settings that are not the defaults."""
-        default = type(self)().public()
-        given = {key: value for key, value in self.public().items() if value != default[key]}
-        flags = [f"--{key}" if value is True else f"--{key} {shlex.quote(str(value))}" for key, value in given.items()]
-        return " ".join(["accelerate launch", self.script, *flags])
+        public = self.public()
+        given = {f.name: public[f.name] for f in fields(self) if f.name in public and public[f.name] != _default(f)}
+        return " ".join(["accelerate launch", self.script, *(_flag(key, value) for key, value in given.items())])
 
     def prepare_output_dir(self) -> Path:
         """Make the output folder.

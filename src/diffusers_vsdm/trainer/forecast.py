@@ -153,7 +153,7 @@ class ForecastTrainer(BaseTrainer):
     config: ForecastConfig
 
     def _load(self, data: Any) -> WindowDataset:
-        from ..data.frames import regular_frame, rolling_windows
+        from ..data.frames import quiet_periods, regular_frame, rolling_windows
 
         config, length = self.config, self.config.prediction_length
         frame = load_frame(config) if data is None else regular_frame(data, config.freq or None, config.irregular)
@@ -164,7 +164,8 @@ class ForecastTrainer(BaseTrainer):
         if config.num_validation_windows:
             self.validation_windows = rolling_windows(frame, length, config.num_validation_windows)
             frame = self.validation_windows[0][0]
-        freq = getattr(frame.index, "freqstr", None)
+        with quiet_periods():
+            freq = getattr(frame.index, "freqstr", None)
         season = config.season_length or season_of(freq)
         values = torch.from_numpy(frame.to_numpy(np.float32).copy())
         calendar = calendar_features(frame.index, season)
@@ -200,7 +201,7 @@ class ForecastTrainer(BaseTrainer):
         values, _ = self._some_windows(dataset, min(len(dataset), MOMENT_WINDOWS), 1)
         self.forecaster.typical_scale.zero_()
         scale = self.forecaster.scale(values).scale[:, 0]
-        mean = scale.nanmean(0)
+        mean = scale.nan_to_num().mean(0)
         return torch.where(mean > 0, mean, 1.0)
 
     def _moment_batches(self) -> Iterable[Tensor]:
@@ -241,8 +242,8 @@ class ForecastTrainer(BaseTrainer):
         values, calendar = (x.to(self.accelerator.device) for x in self._some_windows(self.dataset, number, 2, stage))
         inputs, _ = self.forecaster.windows(values, calendar)
         with torch.no_grad():
-            hidden, _ = network.encode(inputs)
-        return hidden[torch.arange(number), torch.arange(number) % hidden.shape[1]]
+            condition, _ = network.encode(inputs)
+        return condition[torch.arange(number), torch.arange(number) % condition.shape[1]]
 
     def _stage_condition(self, network: Any) -> Callable[[Tensor, Tensor | None], dict[str, Tensor]]:
         return lambda x, condition: {} if condition is None else {"condition": condition}
@@ -253,7 +254,7 @@ class ForecastTrainer(BaseTrainer):
             scheduler = VSDMScheduler.from_config(self.scheduler.config)  # the drift comes along, copied
             with self._averaged_network() as network:
                 found, figure = evaluate_forecasts(
-                    self._pipeline(network, scheduler), self.validation_windows, self.config, EVALUATION_STEPS
+                    self._pipeline(network, scheduler), self.validation_windows, self.config
                 )
             self.accelerator.log({f"validation/{key}": value for key, value in found.items()}, step=self.step)
             file = self.folder / "validation" / f"step-{self.step}.png"
@@ -287,12 +288,12 @@ def load_frame(config: ForecastConfig) -> Any:
 
 
 def evaluate_forecasts(
-    pipeline: VSDMForecastPipeline, windows: list[tuple[Any, Any]], config: ForecastConfig, num_steps: int
+    pipeline: VSDMForecastPipeline, windows: list[tuple[Any, Any]], config: ForecastConfig
 ) -> tuple[dict[str, float], Any]:
     """Scores over all windows, see [`forecast_metrics`], and a figure of the first one."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator(pipeline.device).manual_seed(EVALUATION_SEED)
-    steps = config.ddpm_num_inference_steps or min(num_steps, config.ddpm_num_steps)
+    steps = config.ddpm_num_inference_steps or min(EVALUATION_STEPS, config.ddpm_num_steps)
     histories = [history for history, _ in windows]
     output: Any = pipeline(histories, config.num_eval_samples, num_inference_steps=steps, generator=generator)
     truth = [window for _, window in windows]

@@ -8,6 +8,7 @@ from typing import Any
 import accelerate
 import diffusers
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .. import __version__
@@ -18,8 +19,8 @@ from ..hub.remote_code import write_remote_code
 from ..metrics.transport import straightness, wasserstein2
 from ..pipelines import VSDMPipeline
 from ..schedulers import VSDMScheduler
-from .config import BROWNIAN, EXPLODING, POWER_LAW, TrainingConfig
-from .loop import TrainingResult
+from .algorithm import TrainingResult
+from .config import BROWNIAN, EXPLODING, POWER_LAW, RunConfig, TrainingConfig
 from .pictures import EVALUATION_SEED, picture_drift, picture_paths, picture_samples, summary
 
 
@@ -77,28 +78,13 @@ def evaluate(
 def write_report(config: TrainingConfig, result: TrainingResult) -> dict[str, Any]:
     """Write everything into `config.output_dir`; returns what `metrics.json` holds."""
     folder = Path(config.output_dir)
-    pipeline, lam = result.pipeline, result.pipeline.scheduler.drift.lam
+    pipeline = result.pipeline
     pipeline.save_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    scale, unit = {
-        POWER_LAW: (config.beta_max, r"\beta_{\max}"),
-        EXPLODING: (config.sigma_max**2, r"\sigma_{\max}^2"),
-        BROWNIAN: (config.sigma_max**2, r"\sigma_{\max}^2"),
-    }.get(config.ddpm_beta_schedule, (1.0, ""))
-    metrics: dict[str, Any] = {
-        "final_loss": result.final_loss,
-        "lambda": summary(lam),
-        "lambda_per_stage": [summary(stage) for stage in result.lambdas],
-        "sa_skipped": result.sa_skipped,
-        "seconds": result.seconds,
-        "sa_seconds": result.sa_seconds,
-        "sa_share": result.sa_seconds / result.seconds,
-        "num_parameters": sum(p.numel() for p in pipeline.unet.parameters()),
-    }
+    metrics = training_metrics(result, pipeline.unet)
     if result.likelihood is not None:
         metrics["likelihood"] = result.likelihood
-    varies = pipeline.scheduler.drift.num_times is not None
-    pictures = {"drift.png": picture_drift(result.lambdas * scale, lam * scale, unit, varies)}
+    pictures = {"drift.png": drift_picture(config, result)}
     if not config.is_toy:
         pictures["samples.png"] = picture_samples(
             pipeline, config.eval_batch_size, config.ddpm_num_inference_steps or None
@@ -110,12 +96,43 @@ def write_report(config: TrainingConfig, result: TrainingResult) -> dict[str, An
         pictures["samples.png"] = picture_paths(
             sample_toy(config.dataset_name, config.num_eval_samples, generator), paths
         )
-    record = {"metrics": metrics, "config": config.public(), "command": config.command(), "versions": versions()}
-    write_atomically(folder / "metrics.json", (json.dumps(record, indent=2) + "\n").encode())
+    record = write_record(config, metrics)
     for name, picture in pictures.items():
         picture.save(folder / name)
     render_card(folder, record)
     write_remote_code(folder)
+    return record
+
+
+def training_metrics(result: TrainingResult, network: torch.nn.Module) -> dict[str, Any]:
+    """What is known of a run without sampling."""
+    return {
+        "final_loss": result.final_loss,
+        "lambda": summary(result.pipeline.scheduler.drift.lam),
+        "lambda_per_stage": [summary(stage) for stage in result.lambdas],
+        "sa_skipped": result.sa_skipped,
+        "seconds": result.seconds,
+        "sa_seconds": result.sa_seconds,
+        "sa_share": result.sa_seconds / result.seconds,
+        "num_parameters": sum(p.numel() for p in network.parameters()),
+    }
+
+
+def drift_picture(config: RunConfig, result: TrainingResult) -> Image.Image:
+    """The stages of lambda, in the units of the process."""
+    drift = result.pipeline.scheduler.drift
+    scale, unit = {
+        POWER_LAW: (config.beta_max, r"\beta_{\max}"),
+        EXPLODING: (config.sigma_max**2, r"\sigma_{\max}^2"),
+        BROWNIAN: (config.sigma_max**2, r"\sigma_{\max}^2"),
+    }.get(config.ddpm_beta_schedule, (1.0, ""))
+    return picture_drift(result.lambdas * scale, drift.lam * scale, unit, drift.num_times is not None)
+
+
+def write_record(config: RunConfig, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Write `metrics.json`; returns what it holds."""
+    record = {"metrics": metrics, "config": config.public(), "command": config.command(), "versions": versions()}
+    write_atomically(Path(config.output_dir) / "metrics.json", (json.dumps(record, indent=2) + "\n").encode())
     return record
 
 

@@ -1,0 +1,201 @@
+"""VSDM, its score-based model and TimeGrad's DDPM as forecasters of several series: Table 3 of the paper, and speed.
+
+    python -m benchmarks.forecast table --data DATA [--datasets exchange ...] [--methods VSDM ...] [--seeds 0 1 2]
+    python -m benchmarks.forecast speed --data DATA      # after the table
+    python -m benchmarks.forecast card --data DATA       # the model that ships, exchange's VSDM of the first seed
+
+DATA holds the folder `timeseries`. All methods have the same encoder, network, steps and settings of the data, which
+were chosen for the score-based model on windows before the test's; they differ in process, drift and solver. Models
+stay in `outputs/forecast/`, and what is there is not trained again. Adds its runs to `forecast.json` and
+`forecast_speed.json` in `benchmarks/results/`.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusers_vsdm import VSDMForecastPipeline, VSDMScheduler
+from diffusers_vsdm.data.frames import rolling_windows
+from diffusers_vsdm.data.series import load_series
+from diffusers_vsdm.hub.cards import render_card
+from diffusers_vsdm.metrics.forecast import forecast_metrics
+from diffusers_vsdm.trainer.forecast import EVALUATION_SEED, ForecastConfig, ForecastTrainer
+from diffusers_vsdm.trainer.forecast_report import write_forecast_report
+from diffusers_vsdm.trainer.report import versions
+
+from .forecast_baselines import DATASETS
+from .tables import RESULTS, ROOT
+
+
+WORK = ROOT / "outputs" / "forecast"
+SAMPLES = 100
+METHODS: dict[str, dict[str, Any]] = {
+    "VSDM": {},
+    "SGM": {"baseline": "sgm"},
+    # TimeGrad's process
+    "DDPM": {
+        "baseline": "sgm",
+        "ddpm_beta_schedule": "linear",
+        "beta_start": 1e-4,
+        "beta_end": 0.1,
+        "ddpm_num_steps": 150,
+        "prior_type": "conditional",
+        "solver": "ddpm",
+    },
+}
+# solver and steps at each time; the first ones are the method's own
+SAMPLERS: dict[str, tuple[tuple[str, int], ...]] = {
+    "VSDM": (("trig", 10), ("trig", 6), ("trig", 30), ("ddpm", 100)),
+    "SGM": (("trig", 10), ("trig", 6), ("trig", 30), ("ddpm", 100)),
+    "DDPM": (("ddpm", 150), ("trig", 10), ("trig", 6)),
+}
+NAMES = {"exchange": "exchange_rate_nips"}  # that GluonTS knows it by
+COMMON: dict[str, Any] = {"prediction_type": "epsilon", "sa_stages": 30, "sa_trajectories": 128}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "exchange": {"differencing": 1, "max_train_steps": 1500, "train_batch_size": 32},
+    "electricity": {"max_train_steps": 2500, "train_batch_size": 16},
+    "electricity-138": {"max_train_steps": 2500, "train_batch_size": 16},
+    "electricity-15min": {"max_train_steps": 2500, "train_batch_size": 16},
+    "solar": {"max_train_steps": 1500, "train_batch_size": 32, "season_length": 10},
+}
+
+
+def series(dataset: str, data: Path) -> Any:
+    """The frame of a data set."""
+    chosen = DATASETS[dataset]
+    return load_series(str(data / "timeseries" / chosen.file), **chosen.options)
+
+
+def model(dataset: str, method: str, seed: int, frame: Any) -> tuple[VSDMForecastPipeline, dict[str, Any]]:
+    """A trained pipeline and its record."""
+    folder = WORK / f"{dataset}-{method.lower()}-{seed}"
+    if not (folder / "metrics.json").exists():
+        chosen = DATASETS[dataset]
+        config = ForecastConfig(
+            dataset_name=NAMES.get(dataset, dataset),
+            output_dir=str(folder),
+            prediction_length=chosen.horizon,
+            num_test_windows=chosen.windows,
+            num_eval_samples=SAMPLES,
+            seed=seed,
+            **(COMMON | SETTINGS[dataset] | METHODS[method]),
+        )
+        trainer = ForecastTrainer(config, frame)
+        write_forecast_report(trainer, trainer.train())
+    pipeline = VSDMForecastPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, json.loads((folder / "metrics.json").read_text())
+
+
+def with_solver(pipeline: VSDMForecastPipeline, solver: str) -> VSDMForecastPipeline:
+    """The same model, sampled in another way."""
+    scheduler = VSDMScheduler.from_config(pipeline.scheduler.config, solver=solver)
+    other = VSDMForecastPipeline(pipeline.model, scheduler, pipeline.normalizer)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def forecast(pipeline: VSDMForecastPipeline, windows: list[Any], steps: int) -> dict[str, float]:
+    """Scores of a way to sample."""
+    generator = torch.Generator().manual_seed(EVALUATION_SEED)
+    histories = [history for history, _ in windows]
+    started = time.perf_counter()
+    output: Any = pipeline(histories, SAMPLES, num_inference_steps=steps, generator=generator)
+    seconds = time.perf_counter() - started
+    return forecast_metrics(output.samples, [window for _, window in windows]) | {"sampling_seconds": seconds}
+
+
+def table(arguments: argparse.Namespace) -> None:
+    """Train and score every method."""
+    for dataset in arguments.datasets:
+        frame, chosen = series(dataset, arguments.data), DATASETS[dataset]
+        windows = rolling_windows(frame, chosen.horizon, chosen.windows)
+        for seed in arguments.seeds:
+            for method in arguments.methods:
+                pipeline, record = model(dataset, method, seed, frame)
+                metrics = {"seconds": record["metrics"]["seconds"], "lambda": record["metrics"]["lambda"]}
+                for i, (solver, steps) in enumerate(SAMPLERS[method]):
+                    scores = forecast(with_solver(pipeline, solver), windows, steps)
+                    metrics |= {f"{key} {solver}@{steps}": value for key, value in scores.items()}
+                    if i == 0:
+                        metrics |= scores
+                run = {"name": f"{dataset}: {method}", "seed": seed, "metrics": metrics, "config": record["config"]}
+                write("forecast", [run])
+                print(run["name"], seed, {k: v for k, v in metrics.items() if k.startswith("crps_sum")}, flush=True)
+
+
+def speed(arguments: argparse.Namespace) -> None:
+    """100 paths of 24 times and 138 series, after one history: few steps beside the 150 of DDPM."""
+    dataset = "electricity-138"
+    frame, chosen = series(dataset, arguments.data), DATASETS[dataset]
+    windows = rolling_windows(frame, chosen.horizon, chosen.windows)
+    history = windows[-1][0]
+    for method in arguments.methods:
+        pipeline, record = model(dataset, method, arguments.seeds[0], frame)
+        for solver, steps in SAMPLERS[method]:
+            sampler, times = with_solver(pipeline, solver), []
+            for repeat in range(arguments.repeats):
+                started = time.perf_counter()
+                sampler(history, SAMPLES, num_inference_steps=steps, generator=torch.Generator().manual_seed(repeat))
+                times.append(time.perf_counter() - started)
+            scores = forecast(sampler, windows, steps)
+            name = f"{method}, {solver}, {steps} steps"
+            runs = [
+                {"name": name, "seed": repeat, "metrics": scores | {"seconds": seconds}, "config": record["config"]}
+                for repeat, seconds in enumerate(times)
+            ]
+            write("forecast_speed", runs)
+            print(name, sorted(times)[len(times) // 2], scores["crps_sum"], flush=True)
+
+
+def card(arguments: argparse.Namespace) -> None:
+    """Copy a trained pipeline of exchange to `model_cards/`."""
+    frame, target = series("exchange", arguments.data), ROOT / "model_cards" / "exchange"
+    _, record = model("exchange", "VSDM", arguments.seeds[0], frame)
+    shutil.copytree(WORK / f"exchange-vsdm-{arguments.seeds[0]}", target, dirs_exist_ok=True)
+    (target / "README.md").unlink()
+    os.chdir(ROOT)
+    render_card(target.relative_to(ROOT), record)
+
+
+def write(name: str, runs: list[dict[str, Any]]) -> None:
+    """Into the record, in place of what it had of the same name and seed."""
+    path = RESULTS / f"{name}.json"
+    old = json.loads(path.read_text())["runs"] if path.exists() else []
+    new = {(run["name"], run["seed"]) for run in runs}
+    kept = [run for run in old if (run["name"], run["seed"]) not in new]
+    names = [f"{dataset}: {method}" for dataset in DATASETS for method in METHODS]
+    place = {run_name: i for i, run_name in enumerate(names)}
+    record = {
+        "command": f"python -m benchmarks.forecast {'table' if name == 'forecast' else 'speed'} --data DATA",
+        "versions": versions(),
+        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "runs": sorted(kept + runs, key=lambda run: (place.get(run["name"], 0), run["seed"])),
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+STUDIES = {"table": table, "speed": speed, "card": card}
+
+
+def main() -> None:
+    """Run a study and write its record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=["exchange", "electricity-138", "solar"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--repeats", type=int, default=5, help="of a timing")
+    arguments = parser.parse_args()
+    STUDIES[arguments.study](arguments)
+
+
+if __name__ == "__main__":
+    main()

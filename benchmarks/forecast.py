@@ -51,8 +51,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # solver and steps at each time; the first ones are the method's own
 SAMPLERS: dict[str, tuple[tuple[str, int], ...]] = {
-    "VSDM": (("trig", 10), ("trig", 6), ("trig", 30), ("ddpm", 100)),
-    "SGM": (("trig", 10), ("trig", 6), ("trig", 30), ("ddpm", 100)),
+    "VSDM": (("trig", 10), ("trig", 6), ("trig", 30)),
+    "SGM": (("trig", 10), ("trig", 6), ("trig", 30)),
     "DDPM": (("ddpm", 150), ("trig", 10), ("trig", 6)),
 }
 NAMES = {"exchange": "exchange_rate_nips"}  # that GluonTS knows it by
@@ -62,7 +62,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "electricity": {"max_train_steps": 2500, "train_batch_size": 16},
     "electricity-138": {"max_train_steps": 2500, "train_batch_size": 16},
     "electricity-15min": {"max_train_steps": 2500, "train_batch_size": 16},
-    "solar": {"max_train_steps": 1500, "train_batch_size": 32, "season_length": 10},
+    "solar": {"max_train_steps": 1500, "train_batch_size": 16, "season_length": 10},
 }
 
 

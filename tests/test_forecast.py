@@ -33,7 +33,7 @@ CONTEXT, AHEAD = 6, 4
 def model(d=2, **given):
     chosen = {"prediction_length": AHEAD, "context_length": CONTEXT, "num_train_timesteps": 20, "lags": [1, 2]}
     chosen |= {"num_time_features": 2, "encoder_width": 8, "encoder_layers": 2, "denoiser_layers": 2}
-    return ForecastModel(d, **(chosen | {"denoiser_channels": 4, "denoiser_width": 8} | given)).eval()
+    return ForecastModel(d, **(chosen | {"denoiser_channels": 8, "denoiser_width": 8} | given)).eval()
 
 
 def randomized(module, std=0.3):
@@ -284,11 +284,18 @@ class Exact(nn.Module):
         return eps if self.scheduler.config.prediction_type == "epsilon" else a * eps - s * x0
 
 
-PHI, MEAN, SIGMA = [0.7, -0.4], [0.3, -0.2], [0.5, 0.2]
+PHI, MEAN, SIGMA = [0.7, -0.4], [0.3, -0.2], [0.5, 0.8]
 
 
 def pipeline(
-    lam=(1.0, 1.0), solver="ddim", prior="conditional", beta_max=30.0, prediction="v_prediction", process=None, **chosen
+    lam=(1.0, 1.0),
+    solver="trig",
+    prior="conditional",
+    beta_max=30.0,
+    prediction="v_prediction",
+    process=None,
+    phi=(0.0, 0.0),
+    **chosen,
 ):
     """With a process that is long enough to forget any data."""
     scheduler = VSDMScheduler.from_power_law(
@@ -296,8 +303,10 @@ def pipeline(
     )
     drift = AdaptiveDiagonalDrift((2,))
     drift.set_lambda(torch.tensor(lam, dtype=torch.float64))
-    drift.data_mean.copy_(torch.tensor(MEAN))
-    drift.data_variance.copy_(torch.tensor(SIGMA) ** 2)
+    phi, mean, std = torch.tensor(phi), torch.tensor(MEAN), torch.tensor(SIGMA)
+    mean, std = mean / (1 - phi), std / (1 - phi**2).sqrt()  # in the long run
+    drift.data_mean.copy_(mean if process is None else process.normalize(mean))
+    drift.data_variance.copy_(std**2 if process is None else (std / process.std) ** 2)
     scheduler.set_drift(drift)
     pipe = VSDMForecastPipeline(model(num_train_timesteps=200, **chosen), scheduler, process)
     pipe.set_progress_bar_config(disable=True)
@@ -305,7 +314,7 @@ def pipeline(
 
 
 def exact(phi=PHI, sigma=SIGMA, **given):
-    pipe = pipeline(**given)
+    pipe = pipeline(phi=phi, **given)
     differencing = pipe.model.config["differencing"]
     pipe.model.denoiser = Exact(pipe.scheduler, MEAN, phi, sigma, pipe.normalizer, differencing)
     return pipe
@@ -340,21 +349,20 @@ def closed_form(pipe, history):
 @pytest.mark.parametrize(
     "given, steps",
     [
-        ({"scaling": "none"}, 60),
-        ({"scaling": "mean"}, 60),
-        ({"scaling": "mean", "prediction": "epsilon"}, 60),
+        ({"scaling": "none"}, 10),
+        ({"scaling": "mean"}, 10),
+        ({"scaling": "mean", "solver": "ddim"}, 199),
+        ({"scaling": "mean", "prediction": "epsilon", "solver": "heun"}, 60),
         ({"scaling": "standard", "solver": "ddpm"}, 200),
-        ({"scaling": "mean", "differencing": 1}, 60),
-        ({"scaling": "none", "differencing": 1, "phi": [0.0, 0.0]}, 60),  # a random walk
-        ({"scaling": "mean", "lam": (0.7, 1.9)}, 60),
-        ({"scaling": "standard", "differencing": 1, "lam": (0.7, 1.9), "solver": "heun"}, 20),
-        ({"scaling": "mean", "lam": (0.7, 1.9), "prior": "marginal"}, 60),
+        ({"scaling": "standard", "solver": "dpmsolver++"}, 60),
+        ({"scaling": "mean", "differencing": 1}, 10),
+        ({"scaling": "none", "differencing": 1, "phi": [0.0, 0.0]}, 10),  # a random walk
+        ({"scaling": "mean", "lam": (0.7, 1.9)}, 10),
+        ({"scaling": "standard", "differencing": 1, "lam": (0.7, 1.9), "solver": "heun"}, 60),
+        ({"scaling": "mean", "lam": (0.7, 1.9), "prior": "marginal"}, 10),
         # short, and no dependence on the past: the marginal is the law of the data
-        ({"scaling": "mean", "lam": (0.7, 1.9), "prior": "marginal", "beta_max": 2.0, "phi": [0.0, 0.0]}, 60),
-        ({"scaling": "mean", "lam": (0.7, 1.9), "solver": "trig"}, 10),
-        ({"scaling": "mean", "differencing": 1, "solver": "trig"}, 10),
-        ({"scaling": "mean", "solver": "dpmsolver++"}, 40),
-        ({"scaling": "mean", "normalized": True, "lam": (0.7, 1.9)}, 60),
+        ({"scaling": "mean", "lam": (0.7, 1.9), "prior": "marginal", "beta_max": 2.0, "phi": [0.0, 0.0]}, 10),
+        ({"scaling": "mean", "normalized": True, "lam": (0.7, 1.9)}, 10),
     ],
 )
 def test_paths_have_the_law_of_a_perfect_network(given, steps):
@@ -364,7 +372,7 @@ def test_paths_have_the_law_of_a_perfect_network(given, steps):
         given["process"].mean.copy_(torch.tensor([0.5, -1.0]))
         given["process"].std.copy_(torch.tensor([0.6, 3.0]))
     pipe = exact(**given)
-    history = series(20)
+    history = series(20, level=0) / 3
     samples = pipe(history, n, num_inference_steps=steps, generator=generator()).samples
     assert samples.shape == (n, AHEAD, 2) and samples.dtype == np.float32
     mean, covariance = closed_form(pipe, history)
@@ -381,7 +389,7 @@ def test_the_law_of_a_perfect_network_needs_the_marginal_prior_in_a_short_proces
     """The check of the case above can fail: from the other prior the paths are wider by far."""
     given = {"scaling": "none", "lam": (0.7, 1.9), "beta_max": 2.0, "phi": [0.0, 0.0]}
     spread = [
-        exact(prior=prior, **given)(series(20), 2000, num_inference_steps=60, generator=generator()).samples.std(
+        exact(prior=prior, **given)(series(20), 2000, num_inference_steps=10, generator=generator()).samples.std(
             axis=(0, 1)
         )
         / SIGMA
@@ -494,7 +502,11 @@ def test_a_picture_shows_the_right_column_of_a_history_in_another_order():
     [
         ("B", "2024-01-04", ["2024-01-05", "2024-01-08", "2024-01-09", "2024-01-10"]),  # over a week's end
         ("h", "2024-01-31 22:00", ["2024-01-31 23:00", "2024-02-01 00:00", "2024-02-01 01:00", "2024-02-01 02:00"]),
-        ("15min", "2024-01-01 10:30", ["2024-01-01 10:45", "2024-01-01 11:00", "2024-01-01 11:15", "2024-01-01 11:30"]),
+        (
+            "15min",
+            "2024-01-01 10:30",
+            ["2024-01-01 10:45", "2024-01-01 11:00", "2024-01-01 11:15", "2024-01-01 11:30"],
+        ),
         ("M", "2023-11-30", ["2023-12", "2024-01", "2024-02", "2024-03"]),
     ],
 )
@@ -825,7 +837,9 @@ def test_a_predictor_draws_the_same_only_with_a_seed():
 def test_a_perfect_point_forecast_scores_nothing():
     truth = [series(AHEAD, d=3, seed=i) for i in range(2)]
     samples = [np.repeat(window[None], 5, axis=0) for window in truth]
-    assert forecast_metrics(samples, truth) == {"crps_sum": 0, "crps": 0, "nd_sum": 0, "nrmse_sum": 0}
+    found = forecast_metrics(samples, truth)
+    assert list(found) == ["crps_sum", "crps", "nd_sum", "nrmse_sum"]
+    assert max(map(abs, found.values())) < 1e-15
 
 
 def quantile_losses(paths, truth):

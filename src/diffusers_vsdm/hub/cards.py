@@ -15,6 +15,7 @@ from ..files import write_atomically
 TEMPLATE = "model_card_template.md"
 # of runs with a setting of this name
 TEMPLATES = {"objective": "bridge_card_template.md", "differencing": "forecast_card_template.md"}
+FORECASTING = "time-series-forecasting"
 GENERATED = re.compile(r"<!-- generated: (\w+) -->.*?<!-- end -->\n?", flags=re.DOTALL)
 METRIC_NAMES = {
     "w2_standardized": "2-Wasserstein distance, standardised axes",
@@ -49,6 +50,8 @@ def render_card(
     metrics, config = record["metrics"], record["config"]
     is_toy = not config["train_data_dir"] and config["dataset_name"] in TOYS
     task = _task(config)
+    # GluonTS's names have no owner
+    is_on_hub = not is_toy and not config["train_data_dir"] and ("/" in config["dataset_name"] or task != FORECASTING)
     name = folder.resolve().name if repo_id is None else repo_id.split("/")[-1]
     rows = [(label, metrics[key]) for key, label in METRIC_NAMES.items() if key in metrics]
     rows += [(f"straightness, dimension {i}", value) for i, value in enumerate(metrics.get("straightness", []))]
@@ -56,7 +59,7 @@ def render_card(
     data = ModelCardData(
         license=config["license"] or ("apache-2.0" if is_toy else None),
         library_name="diffusers",
-        datasets=None if is_toy or config["train_data_dir"] else [config["dataset_name"]],
+        datasets=[config["dataset_name"]] if is_on_hub else None,
         tags=["diffusers_vsdm", task, "schrodinger-bridge"],
         model_name=name,
         eval_results=[
@@ -87,7 +90,7 @@ def render_card(
 
 def _task(config: dict[str, Any]) -> str:
     if "differencing" in config:
-        return "time-series-forecasting"
+        return FORECASTING
     return "class-conditional-generation" if config.get("class_conditional") else "unconditional-generation"
 
 

@@ -147,6 +147,7 @@ class RunConfig:
     zeta_placement: str = setting("divergence", "Term of the loss for lambda that zeta multiplies.", GRADIENTS)
     sa_update: str = setting("gradient", "Step along the gradient, or to its root: ipf needs zeta 1.", UPDATES)
     sa_stages: int = setting(40, "Stages of stochastic approximation, evenly spaced before lambda is frozen.")
+    sa_start: float = setting(0.0, "Share of the steps before lambda is frozen that come before the first of them.")
     sa_trajectories: int = setting(256, "Simulated trajectories in a stage.")
     sa_steps: int = setting(0, "Steps of a trajectory; 0 for about 13 per unit of integrated beta.")
     sa_batch_size: int = setting(0, "Trajectories simulated at once; 0 for all.")
@@ -199,6 +200,8 @@ class RunConfig:
             raise ValueError(f"`sa_step_power` must lie in (0.5, 1], got {self.sa_step_power}.")
         if not 0 < self.zeta <= 1:
             raise ValueError(f"`zeta` must lie in (0, 1], got {self.zeta}.")
+        if not 0 <= self.sa_start < 1:
+            raise ValueError(f"`sa_start` must lie in [0, 1), got {self.sa_start}.")
         if not 0 <= self.frozen_fraction < 1:
             raise ValueError(f"`frozen_fraction` must lie in [0, 1), got {self.frozen_fraction}.")
         if self.zeta != 1 and (self.lambda_varies or self.sa_update == "ipf"):
@@ -206,7 +209,7 @@ class RunConfig:
                 f"`zeta` {self.zeta} has no fixed point with `lambda_varies` and no meaning with `sa_update` 'ipf':"
                 " set it to 1."
             )
-        if self.baseline == "none" and self.sa_stages >= self.adaptive_steps:
+        if self.baseline == "none" and self.sa_stages >= (1 - self.sa_start) * self.adaptive_steps:
             raise ValueError(
                 f"`sa_stages` {self.sa_stages} do not fit into the {self.adaptive_steps} steps before lambda is"
                 " frozen: lower it, or raise `max_train_steps`."
@@ -222,7 +225,9 @@ class RunConfig:
         """Numbers of gradient steps after which a stage of stochastic approximation runs."""
         if self.baseline == "sgm":
             return frozenset()
-        return frozenset(round(self.adaptive_steps * j / (self.sa_stages + 1)) for j in range(1, self.sa_stages + 1))
+        first = self.sa_start * self.adaptive_steps
+        left, parts = self.adaptive_steps - first, self.sa_stages + 1
+        return frozenset(round(first + left * j / parts) for j in range(1, parts))
 
     def for_data(self, num_samples: int, num_processes: int = 1) -> Self:
         """These settings with `num_epochs`, if given, as a number of gradient steps.
@@ -255,7 +260,9 @@ class RunConfig:
         hidden = {*LOCAL, *(key for key in asdict(self) if "hub" in key)}
         settings = {key: value for key, value in asdict(self).items() if key not in hidden}
         return settings | {
-            key: Path(settings[key]).resolve().name for key in PLACES if settings[key] and Path(settings[key]).exists()
+            key: Path(settings[key]).resolve().name
+            for key in PLACES
+            if settings.get(key) and Path(settings[key]).exists()
         }
 
     def command(self) -> str:

@@ -74,6 +74,8 @@ class ForecastConfig(RunConfig):
 
     standardize: bool = setting(True, "Train on values of mean 0 and standard deviation 1 in each series.")
     max_train_steps: int = setting(4000, "Gradient steps.")
+    # a network of so few steps has no score at first, and lambda would run away
+    sa_start: float = setting(0.3, "Share of the steps before lambda is frozen that come before the first stage.")
     train_batch_size: int = setting(64, "Windows in a batch, per process.")
     learning_rate: float = setting(1e-3, "Peak learning rate of AdamW.")
     solver: str = setting(

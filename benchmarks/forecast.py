@@ -57,12 +57,13 @@ SAMPLERS: dict[str, tuple[tuple[str, int], ...]] = {
 }
 NAMES = {"exchange": "exchange_rate_nips"}  # that GluonTS knows it by
 COMMON: dict[str, Any] = {"prediction_type": "epsilon", "sa_stages": 30, "sa_trajectories": 128}
+LARGE = {"max_train_steps": 3000, "train_batch_size": 8, "learning_rate": 2e-3}
 SETTINGS: dict[str, dict[str, Any]] = {
     "exchange": {"differencing": 1, "max_train_steps": 1500, "train_batch_size": 32},
-    "electricity": {"max_train_steps": 2500, "train_batch_size": 16},
-    "electricity-138": {"max_train_steps": 2500, "train_batch_size": 16},
-    "electricity-15min": {"max_train_steps": 2500, "train_batch_size": 16},
-    "solar": {"max_train_steps": 1500, "train_batch_size": 16, "season_length": 10},
+    "electricity": LARGE,
+    "electricity-138": LARGE,
+    "electricity-15min": LARGE,
+    "solar": LARGE | {"season_length": 10},
 }
 
 

@@ -393,6 +393,33 @@ TABLES: dict[str, tuple] = {
         },
         in_order,
     ),
+    "forecast": (
+        "forecast.json",
+        {
+            "CRPS-sum": each("crps_sum", 4),
+            "CRPS": each("crps", 3),
+            "CRPS-sum, 6 calls": each("crps_sum trig@6", 4),
+            "10 calls": each("crps_sum trig@10", 4),
+            "30 calls": each("crps_sum trig@30", 4),
+            "150 calls": each("crps_sum ddpm@150", 4),
+            "training, s": each("seconds", 0),
+        },
+        in_order,
+    ),
+    "forecast_baselines": (
+        "forecast_baselines.json",
+        {
+            "CRPS-sum": each("crps_sum", 4),
+            "CRPS": each("crps", 3),
+            "seconds": lambda runs: f"{runs[0]['seconds_choosing'] + runs[0]['seconds']:.0f}",
+        },
+        in_order,
+    ),
+    "forecast_speed": (
+        "forecast_speed.json",
+        {"seconds": median("seconds", 2), "CRPS-sum": median("crps_sum", 4)},
+        in_order,
+    ),
     "images_pilot": (
         "images_pilot.json",
         {

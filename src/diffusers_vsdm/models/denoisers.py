@@ -52,6 +52,7 @@ class WaveNetDenoiser(nn.Module):
     ):
         super().__init__()
         self.embed_time = TimeEmbedding(num_train_timesteps, width)
+        self.embed_hidden = nn.Linear(hidden_size, width)
         self.embed = nn.Conv1d(1, channels, 1)
         self.spread = _spread(hidden_size, num_series)
         # a reach of 1, 2, 1, 2, ...; a ring of one or two series has no more
@@ -63,7 +64,7 @@ class WaveNetDenoiser(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor | float | int, hidden: Tensor, known: Tensor) -> Tensor:
         """See the module."""
-        time = self.embed_time(timestep)
+        time = self.embed_time(timestep) + self.embed_hidden(hidden)
         condition = torch.cat([self.spread(hidden)[:, None], known], dim=1)
         values, total = nn.functional.silu(self.embed(sample[:, None])), torch.zeros((), device=sample.device)
         for block in self.blocks:
@@ -102,7 +103,7 @@ class UNetDenoiser(nn.Module):
             mid_block_type="MidResTemporalBlock1D",
             up_block_types=("UpResnetBlock1D",) * (self.LEVELS - 1),
             out_block_type="OutConv1DBlock",
-            block_out_channels=tuple(channels * 2**i for i in range(self.LEVELS)),
+            block_out_channels=tuple(channels * 2 ** (i + 1) for i in range(self.LEVELS)),
             norm_num_groups=groups,
             layers_per_block=max(1, num_layers // 8),
             act_fn="mish",

@@ -31,6 +31,8 @@ class VSDMPredictor(Predictor):
     def predict(self, dataset: Dataset, num_samples: int = 100, **kwargs: Any) -> Iterator[SampleForecast]:
         """Forecasts of all entries, sampled together: `samples` of shape `(num_samples, prediction_length, d)`."""
         entries = list(dataset)
+        if not entries:
+            return
         generator = None if self.seed is None else torch.Generator(self.pipeline.device).manual_seed(self.seed)
         output = self.pipeline(
             [self._history(entry) for entry in entries],

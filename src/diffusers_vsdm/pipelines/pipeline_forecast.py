@@ -76,7 +76,7 @@ class VSDMForecastOutput(BaseOutput):
         shown = num_history or 2 * length
         for panel, i in zip(figure.subplots(len(chosen), squeeze=False)[:, 0], chosen, strict=True):
             if history is not None:
-                past = np.asarray(history, dtype=float)[-shown:, i]
+                past = self._column(history, i)[-shown:]
                 panel.plot(np.arange(-len(past), 0), past, color="0.2", lw=1)
             for mass in sorted(intervals, reverse=True):
                 low, high = self.quantile([0.5 - mass / 2, 0.5 + mass / 2])[..., i]
@@ -85,8 +85,8 @@ class VSDMForecastOutput(BaseOutput):
             for path in self.samples[:paths, :, i]:
                 panel.plot(ahead, path, color="tab:blue", lw=0.4, alpha=0.6)
             if truth is not None:
-                panel.plot(ahead, np.asarray(truth, dtype=float)[:length, i], color="tab:orange", lw=1, label="truth")
-            panel.set_ylabel(self.names[i], fontsize="small")
+                panel.plot(ahead, self._column(truth, i)[:length], color="tab:orange", lw=1, label="truth")
+            panel.set_title(self.names[i], fontsize="small", loc="left")
             panel.margins(x=0)
         figure.axes[0].legend(fontsize="x-small", loc="upper left", ncols=4)
         figure.axes[-1].set_xlabel(f"times from {self.index[0]} on")
@@ -97,7 +97,15 @@ class VSDMForecastOutput(BaseOutput):
             if series not in self.names:
                 raise ValueError(f"`series` {series!r} is not one of {self.names[:8]}...")
             return self.names.index(series)
+        if not -len(self.names) <= series < len(self.names):
+            raise ValueError(f"`series` {series} is not one of the {len(self.names)} series, which count from 0.")
         return series
+
+    def _column(self, values: Any, i: int) -> np.ndarray:
+        """A series by its name, or of an array by its place."""
+        names = [str(name) for name in getattr(values, "columns", ())]
+        place = names.index(self.names[i]) if self.names[i] in names else i
+        return np.asarray(values, dtype=float)[:, place]
 
     def _check_single(self, method: str) -> None:
         if self.samples.ndim != 3:
@@ -132,6 +140,7 @@ class VSDMForecastPipeline(DiffusionPipeline):
                 " `VSDMScheduler.from_config(scheduler.config)`."
             )
         VSDMPipeline._align(model)
+        model.eval()  # or else dropout would be part of the forecast
         self.register_modules(model=model, scheduler=scheduler, normalizer=normalizer)
 
     @torch.no_grad()
@@ -171,11 +180,9 @@ class VSDMForecastPipeline(DiffusionPipeline):
             TypeError: A history is of another type.
         """
         length = self.model.config["prediction_length"] if prediction_length is None else prediction_length
-        for name, value in {
-            "num_samples": num_samples,
-            "prediction_length": length,
-            "batch_size": batch_size,
-        }.items():
+        steps = self._default_num_steps() if num_inference_steps is None else num_inference_steps
+        numbers = {"num_samples": num_samples, "prediction_length": length, "batch_size": batch_size}
+        for name, value in (numbers | {"num_inference_steps": steps}).items():
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"`{name}` must be a positive whole number, got {value!r}.")
         if self.model.config["encoder_type"] == "transformer" and length > self.model.config["prediction_length"]:
@@ -193,7 +200,7 @@ class VSDMForecastPipeline(DiffusionPipeline):
                 for frame, index in zip(frames, indices, strict=True)
             ]
         )
-        self.scheduler.set_timesteps(num_inference_steps or self._default_num_steps(), device=self._execution_device)
+        self.scheduler.set_timesteps(steps, device=self._execution_device)
         per_window = min(num_samples, batch_size)
         num_windows = max(1, batch_size // per_window)
         rows = []
@@ -203,7 +210,7 @@ class VSDMForecastPipeline(DiffusionPipeline):
                 part = slice(first, first + num_windows)
                 paths = [self._paths(values[part], calendar[part], n, length, generator, bar) for n in splits]
                 rows.append(torch.cat(paths, dim=1))
-        samples = torch.cat(rows).float().cpu().numpy()
+        samples = torch.cat(rows).numpy()
         self.maybe_free_model_hooks()
         output = VSDMForecastOutput(
             samples=samples[0] if is_single else samples,
@@ -228,29 +235,29 @@ class VSDMForecastPipeline(DiffusionPipeline):
     def _paths(
         self, values: Tensor, calendar: Tensor, num_samples: int, length: int, generator: Any, bar: Any
     ) -> Tensor:
-        """Paths `(windows, num_samples, length, d)` of histories `(windows, history_length, d)`."""
-        model, device = self.model, self._execution_device
-        reach = model.reach
-        values, calendar = values.to(device), calendar.to(device)
-        units = model.scale(values)
-        past = calendar[:, reach : model.history_length]
-        inputs = model.inputs(values, past, units, model.locations(values, units))
-        _, state = model.encode(inputs.to(model.dtype))
+        """Paths `(windows, num_samples, length, d)` of histories `(windows, history_length, d)`, in float64."""
+        model, units, device = self.model, self.model.units, self._execution_device
+        reach, scale = units.reach, units.scale(values)
+
+        def told(inputs: Tensor) -> Tensor:
+            return inputs.to(device, model.dtype)
+
+        past = calendar[:, reach : units.history_length]
+        _, state = model.encode(told(units.inputs(values, past, scale, units.locations(values, scale))))
         state = model.encoder.repeat(state, num_samples)
-        known = _filled(values, model.config["differencing"])[:, -reach:]
-        units = type(units)(*(part.repeat_interleave(num_samples, 0) for part in units))
+        known = _filled(values, units.differencing)[:, -reach:]
+        scale = type(scale)(*(part.repeat_interleave(num_samples, 0) for part in scale))
         # the lags of what is missing are missing; what is a difference to it is one to the last value before
         recent, references = (x.repeat_interleave(num_samples, 0) for x in (values[:, -reach:], known))
-        ahead = calendar[:, model.history_length :].repeat_interleave(num_samples, 0)
+        ahead = calendar[:, units.history_length :].repeat_interleave(num_samples, 0)
+        unknown = torch.full_like(recent[:, :1], torch.nan)
         paths = []
         for step in range(length):
             # the last of these is the one to predict, whose location is known
-            unknown = torch.full_like(recent[:, :1], torch.nan)
-            location = model.locations(torch.cat([references, unknown], 1), units)
-            inputs = model.inputs(torch.cat([recent, unknown], 1), ahead[:, step : step + 1], units, location)
-            condition, state = model.encode(inputs.to(model.dtype), state)
-            z = self._sample(condition[:, 0], generator)
-            x = (location + units.scale * z[:, None].to(location.dtype)).to(recent.dtype)
+            location = units.locations(torch.cat([references, unknown], 1), scale)
+            inputs = units.inputs(torch.cat([recent, unknown], 1), ahead[:, step : step + 1], scale, location)
+            condition, state = model.encode(told(inputs), state)
+            x = location + scale.scale * self._sample(condition[:, 0], generator)[:, None].cpu().double()
             recent, references = (torch.cat([window[:, 1:], x], 1) for window in (recent, references))
             paths.append(x)
             bar.update()
@@ -281,19 +288,28 @@ class VSDMForecastPipeline(DiffusionPipeline):
 
         freq = self.model.config["freq"]
         frames, is_single = frames_of(history, freq)
+        for frame, given in zip(frames, [history] if is_single else history, strict=True):
+            if freq is not None and 2 * len(given) <= len(frame) and hasattr(given, "index"):
+                raise ValueError(
+                    f"`history` has {len(given)} times where the model's frequency {freq!r} makes {len(frame)}: its"
+                    " own is another. Resample it; or, if so much is missing, give the missing times as rows of NaN."
+                )
         return [self._checked(frame, start, freq) for frame in frames], is_single
 
     def _checked(self, frame: Any, start: Any, freq: str | None) -> Any:
         import pandas as pd
 
-        from ..data.frames import quiet_periods
+        from ..data.frames import numbered, quiet_periods
 
         config, needed = self.model.config, self.model.history_length
         if frame.shape[1] != config["num_series"]:
             raise ValueError(f"`history` has {frame.shape[1]} series, the model was trained on {config['num_series']}.")
         names = config["series_names"]
-        if names is not None and sorted(map(str, frame.columns)) == sorted(names):
-            frame = frame[names]  # in whatever order they came
+        columns = [str(name) for name in frame.columns]
+        if names is not None and columns == numbered("series", len(columns)):
+            frame = frame.set_axis(names, axis=1)  # an array's
+        elif names is not None and sorted(columns) == sorted(names):
+            frame = frame.set_axis(columns, axis=1)[names]  # in whatever order they came
         has_clock = isinstance(frame.index, pd.PeriodIndex)
         if freq is not None and not has_clock:
             if start is None:
@@ -308,7 +324,7 @@ class VSDMForecastPipeline(DiffusionPipeline):
         if len(frame) < needed:
             raise ValueError(
                 f"`history` has {len(frame)} times, and the model needs {needed}: a context of"
-                f" {config['context_length']}, and {self.model.reach} before it for its lags."
+                f" {config['context_length']}, and {needed - config['context_length']} before it for its lags."
             )
         recent = frame.iloc[-needed:]
         empty = [str(name) for name in recent.columns[recent.isna().all().to_numpy()]]
@@ -318,7 +334,7 @@ class VSDMForecastPipeline(DiffusionPipeline):
 
     def _values(self, frame: Any) -> Tensor:
         """The values that a forecast depends on, `(history_length, d)`."""
-        return torch.from_numpy(frame.to_numpy(np.float32)[-self.model.history_length :].copy())
+        return torch.from_numpy(frame.to_numpy(np.float64)[-self.model.history_length :].copy())
 
 
 def _times_after(index: Any, length: int) -> Any:
@@ -330,7 +346,7 @@ def _times_after(index: Any, length: int) -> Any:
     if isinstance(index, pd.PeriodIndex):
         with quiet_periods():
             return pd.period_range(index[-1] + 1, periods=length, freq=index.freq)
-    return pd.RangeIndex(index[-1] + 1, index[-1] + 1 + length)
+    return pd.RangeIndex(index[-1] + index.step, index[-1] + index.step * (length + 1), index.step)
 
 
 def _filled(values: Tensor, stride: int) -> Tensor:

@@ -348,8 +348,13 @@ class BaseTrainer(ABC):
 
         Every process draws for the whole batch and keeps its own part, so that their number does not matter.
         """
-        self.generator.manual_seed(self.config.seed * 1_000_000_007 + index)
-        number, accelerator = self._num_examples(batch), self.accelerator
+        number, accelerator, seed = (
+            self._num_examples(batch),
+            self.accelerator,
+            self.config.seed * 1_000_000_007 + index,
+        )
+        self.generator.manual_seed(seed)
+        torch.manual_seed(seed * accelerator.num_processes + accelerator.process_index)  # of dropout
         whole = number * accelerator.num_processes
         mine = slice(number * accelerator.process_index, number * (accelerator.process_index + 1))
         draw: dict[str, Any] = {"generator": self.generator, "device": accelerator.device}

@@ -5,7 +5,7 @@ simulates from one of the training windows for each trajectory.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +17,8 @@ from ..data.calendar import calendar_features, default_lags, season_of, times_pe
 from ..metrics.forecast import forecast_metrics
 from ..models.denoisers import DENOISERS
 from ..models.encoders import ENCODERS
-from ..models.forecaster import SCALINGS, ForecastModel
+from ..models.forecaster import ForecastModel
+from ..models.series_units import SCALINGS, SeriesUnits
 from ..pipelines import VSDMForecastPipeline
 from ..schedulers import VSDMScheduler
 from .algorithm import BaseTrainer, TrainingResult
@@ -108,18 +109,20 @@ class ForecastConfig(RunConfig):
 
 
 class WindowDataset(Dataset):
-    """All windows of series, read a batch at a time.
+    """All windows of series, in the units of a model and read a batch at a time.
 
     Args:
-        values: `(time, d)`, NaN where missing.
+        values: `(time, d)` in float64, NaN where missing.
         calendar: `(time, features)`.
-        length: Times in a window.
+        units: Of the model.
+        prediction_length: Times that a window has after its history.
 
     Raises:
         ValueError: There is not one window, or nothing is known of a series.
     """
 
-    def __init__(self, values: Tensor, calendar: Tensor, length: int):
+    def __init__(self, values: Tensor, calendar: Tensor, units: SeriesUnits, prediction_length: int):
+        length = units.history_length + prediction_length
         if len(values) < length:
             raise ValueError(
                 f"The series have {len(values)} times to train on, and a window takes {length}, for lags, context and"
@@ -128,14 +131,18 @@ class WindowDataset(Dataset):
         empty = values.isnan().all(0).nonzero().flatten().tolist()
         if empty:
             raise ValueError(f"Nothing is known of the series {empty[:5]} in the times to train on: leave them out.")
-        self.values, self.calendar, self.length = values, calendar, length
+        self.values, self.calendar, self.units, self.length = values, calendar, units, length
         self.event_shape = (values.shape[1],)
 
     def __len__(self) -> int:
         return len(self.values) - self.length + 1
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """Values `(n, length, d)` and calendar `(n, length, features)`."""
+        """Inputs `(n, length, features)` and z `(n, length, d)`: see [`SeriesUnits.windows`]."""
+        return self.units.windows(*self.raw(indices))
+
+    def raw(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Values and calendar of windows."""
         rows = torch.as_tensor(indices)[:, None] + torch.arange(self.length)
         return self.values[rows], self.calendar[rows]
 
@@ -169,7 +176,11 @@ class ForecastTrainer(BaseTrainer):
         with quiet_periods():
             freq = getattr(frame.index, "freqstr", None)
         season = config.season_length or season_of(freq)
-        values = torch.from_numpy(frame.to_numpy(np.float32).copy())
+        values = torch.from_numpy(frame.to_numpy(np.float64).copy())
+        if config.basis != "identity" and values.isnan().any():
+            raise ValueError(
+                f"`basis` {config.basis!r} mixes series, and cannot do with missing values: use 'identity'."
+            )
         calendar = calendar_features(frame.index, season)
         self.forecaster = ForecastModel(
             num_series=values.shape[1],
@@ -186,29 +197,29 @@ class ForecastTrainer(BaseTrainer):
             series_names=[str(name) for name in frame.columns],
             **{name: getattr(config, name) for name in MODEL_SETTINGS},
         )
-        window = self.forecaster.history_length + length
-        dataset = WindowDataset(values, calendar, window)
+        dataset = WindowDataset(values, calendar, self.forecaster.units, length)
         self.forecaster.typical_scale.copy_(self._typical_scale(dataset))
+        dataset.units = self.forecaster.units
         return dataset
 
-    def _some_windows(self, dataset: WindowDataset, number: int, *key: int) -> tuple[Tensor, Tensor]:
+    def _some_windows(self, dataset: WindowDataset, number: int, *key: int) -> list[int]:
         """Windows drawn with repetition; the same ones in all processes."""
-        generator = torch.Generator().manual_seed(
-            int(np.random.SeedSequence([self.config.seed, *key]).generate_state(1)[0])
-        )
-        return dataset.__getitems__(torch.randint(len(dataset), (number,), generator=generator).tolist())
+        entropy = np.random.SeedSequence([self.config.seed, *key]).generate_state(1)
+        generator = torch.Generator().manual_seed(int(entropy[0]))
+        return torch.randint(len(dataset), (number,), generator=generator).tolist()
 
     def _typical_scale(self, dataset: WindowDataset) -> Tensor:
-        """Of each series the mean over windows; 1 for one that never varies."""
-        values, _ = self._some_windows(dataset, min(len(dataset), MOMENT_WINDOWS), 1)
-        self.forecaster.typical_scale.zero_()
-        scale = self.forecaster.scale(values).scale[:, 0]
-        mean = scale.nan_to_num().mean(0)
-        return torch.where(mean > 0, mean, 1.0)
+        """Of each series the mean over windows in which it varies; 1 for one that never does."""
+        values, _ = dataset.raw(self._some_windows(dataset, min(len(dataset), MOMENT_WINDOWS), 1))
+        units = replace(dataset.units, typical_scale=torch.zeros_like(dataset.units.typical_scale))
+        scale = units.scale(values).scale[:, 0]
+        mean = torch.where(scale > 0, scale, torch.nan).nanmean(0)
+        return mean.nan_to_num(1.0)
 
     def _moment_batches(self) -> Iterable[Tensor]:
         """Values of windows in the model's units; what is missing is drawn from what is known of its series."""
-        _, z = self.forecaster.windows(*self._some_windows(self.dataset, min(len(self.dataset), MOMENT_WINDOWS), 1))
+        dataset = self.dataset
+        _, z = dataset.__getitems__(self._some_windows(dataset, min(len(dataset), MOMENT_WINDOWS), 1))
         z = z.flatten(0, 1)
         generator = torch.Generator().manual_seed(self.config.seed)
         for i in z.isnan().any(0).nonzero().flatten().tolist():
@@ -226,11 +237,12 @@ class ForecastTrainer(BaseTrainer):
         return VSDMForecastPipeline(network, scheduler, self.normalizer)
 
     def _num_examples(self, batch: Any) -> int:
-        return len(batch[0]) * (self.dataset.length - self.forecaster.reach)
+        inputs, _ = batch
+        return inputs.shape[0] * inputs.shape[1]
 
     def _examples(self, batch: Any, uniform: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """All times of windows, of context and prediction alike."""
-        inputs, z = self.forecaster.windows(*batch)
+        inputs, z = batch
         z = z.flatten(0, 1)
         missing = z.isnan()
         if not missing.any():
@@ -241,10 +253,9 @@ class ForecastTrainer(BaseTrainer):
     def _stage_examples(self, network: Any) -> Tensor:
         """What the encoder knows at some time of a training window, for each trajectory."""
         number, stage = self.config.sa_trajectories, self.approximation.num_stages
-        values, calendar = (x.to(self.accelerator.device) for x in self._some_windows(self.dataset, number, 2, stage))
-        inputs, _ = self.forecaster.windows(values, calendar)
+        inputs, _ = self.dataset.__getitems__(self._some_windows(self.dataset, number, 2, stage))
         with torch.no_grad():
-            condition, _ = network.encode(inputs)
+            condition, _ = network.encode(inputs.to(self.accelerator.device))
         return condition[torch.arange(number), torch.arange(number) % condition.shape[1]]
 
     def _stage_condition(self, network: Any) -> Callable[[Tensor, Tensor | None], dict[str, Tensor]]:
@@ -292,15 +303,20 @@ def load_frame(config: ForecastConfig) -> Any:
 def evaluate_forecasts(
     pipeline: VSDMForecastPipeline, windows: list[tuple[Any, Any]], config: ForecastConfig
 ) -> tuple[dict[str, float], Any]:
-    """Scores over all windows, see [`forecast_metrics`], and a figure of the first one."""
+    """Scores, see [`forecast_metrics`], and a figure of the first window.
+
+    Windows with missing values have no score; `num_windows` is how many have one.
+    """
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator(pipeline.device).manual_seed(EVALUATION_SEED)
     steps = config.ddpm_num_inference_steps or min(EVALUATION_STEPS, config.ddpm_num_steps)
     histories = [history for history, _ in windows]
     output: Any = pipeline(histories, config.num_eval_samples, num_inference_steps=steps, generator=generator)
-    truth = [window for _, window in windows]
-    figure = output.windows()[0].plot(*windows[0])
-    return forecast_metrics(output.samples, truth), figure
+    whole = [i for i, (_, window) in enumerate(windows) if not window.isna().any(axis=None)]
+    scores: dict[str, float] = {"num_windows": len(whole)}
+    if whole:
+        scores |= forecast_metrics([output.samples[i] for i in whole], [windows[i][1] for i in whole])
+    return scores, output.windows()[0].plot(*windows[0])
 
 
 def train_forecaster(config: ForecastConfig, data: Any = None) -> tuple[TrainingResult, ForecastTrainer]:

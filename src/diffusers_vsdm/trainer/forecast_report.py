@@ -19,7 +19,7 @@ def write_forecast_report(trainer: ForecastTrainer, result: TrainingResult) -> d
     metrics["history_length"] = pipeline.model.history_length
     if trainer.test_windows:
         scores, figure = evaluate_forecasts(pipeline, trainer.test_windows, config)
-        metrics |= scores | {"num_windows": len(trainer.test_windows)}
+        metrics |= scores
         figure.savefig(folder / "forecast.png")
     drift_picture(config, result).save(folder / "drift.png")
     record = write_record(config, metrics)

@@ -397,7 +397,7 @@ TABLES: dict[str, tuple] = {
         "forecast.json",
         {
             "CRPS-sum": each("crps_sum", 4),
-            "CRPS": each("crps", 3),
+            "CRPS": each("crps", 4),
             "CRPS-sum, 6 calls": each("crps_sum trig@6", 4),
             "10 calls": each("crps_sum trig@10", 4),
             "30 calls": each("crps_sum trig@30", 4),
@@ -410,7 +410,7 @@ TABLES: dict[str, tuple] = {
         "forecast_baselines.json",
         {
             "CRPS-sum": each("crps_sum", 4),
-            "CRPS": each("crps", 3),
+            "CRPS": each("crps", 4),
             "seconds": lambda runs: f"{runs[0]['seconds_choosing'] + runs[0]['seconds']:.0f}",
         },
         in_order,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from .denoisers import DENOISERS
@@ -154,6 +155,7 @@ class ForecastModel(ModelMixin, ConfigMixin):
         output = self.denoiser(sample, timestep, hidden, known.unflatten(1, (self.num_known, -1)))
         return MLPModelOutput(sample=output) if return_dict else (output,)
 
+    @apply_forward_hook  # for models that are kept elsewhere until they are called
     def encode(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Conditions of the denoiser, `(batch, length, condition_size)`, of inputs that follow those of a state.
 

@@ -1,6 +1,7 @@
 """`VSDMForecastPipeline`: sample paths of many series together, from their history on."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -284,12 +285,15 @@ class VSDMForecastPipeline(DiffusionPipeline):
 
     def _frames(self, history: Any, start: Any) -> tuple[list[Any], bool]:
         """Histories as frames whose index is the model's kind, and whether there is only one."""
+        import pandas as pd
+
         from ..data.frames import frames_of
 
         freq = self.model.config["freq"]
+        history = list(history) if isinstance(history, Iterator) else history
         frames, is_single = frames_of(history, freq)
         for frame, given in zip(frames, [history] if is_single else history, strict=True):
-            if freq is not None and 2 * len(given) <= len(frame) and hasattr(given, "index"):
+            if freq is not None and isinstance(given, pd.DataFrame | pd.Series) and 2 * len(given) <= len(frame):
                 raise ValueError(
                     f"`history` has {len(given)} times where the model's frequency {freq!r} makes {len(frame)}: its"
                     " own is another. Resample it; or, if so much is missing, give the missing times as rows of NaN."

@@ -21,11 +21,17 @@ from ..models.forecaster import ForecastModel
 from ..models.series_units import SCALINGS, SeriesUnits
 from ..pipelines import VSDMForecastPipeline
 from ..schedulers import VSDMScheduler
+from ..solvers import SOLVERS
 from .algorithm import BaseTrainer, TrainingResult
 from .config import RunConfig, setting
 
 
 MOMENT_WINDOWS = 2000  # whose values the moments and scales are of
+MODEL_SETTINGS = (
+    *("encoder_type", "encoder_layers", "encoder_width", "encoder_dropout"),
+    *("denoiser_type", "denoiser_layers", "denoiser_channels", "denoiser_width"),
+)
+EVALUATION_STEPS, EVALUATION_SEED = 20, 2024
 
 
 @dataclass
@@ -79,11 +85,7 @@ class ForecastConfig(RunConfig):
     sa_start: float = setting(0.3, "Share of the steps before lambda is frozen that come before the first stage.")
     train_batch_size: int = setting(64, "Windows in a batch, per process.")
     learning_rate: float = setting(1e-3, "Peak learning rate of AdamW.")
-    solver: str = setting(
-        "trig",
-        "Solver that the saved pipeline samples with.",
-        RunConfig.__dataclass_fields__["solver"].metadata["choices"],
-    )
+    solver: str = setting("trig", "Solver that the saved pipeline samples with.", SOLVERS)
 
     def __post_init__(self) -> None:
         """Check each setting.
@@ -274,13 +276,6 @@ class ForecastTrainer(BaseTrainer):
             file.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(file)
         self.accelerator.wait_for_everyone()
-
-
-MODEL_SETTINGS = (
-    *("encoder_type", "encoder_layers", "encoder_width", "encoder_dropout"),
-    *("denoiser_type", "denoiser_layers", "denoiser_channels", "denoiser_width"),
-)
-EVALUATION_STEPS, EVALUATION_SEED = 20, 2024
 
 
 def load_frame(config: ForecastConfig) -> Any:

@@ -63,7 +63,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "electricity": LARGE,
     "electricity-138": LARGE,
     "electricity-15min": LARGE,
-    "solar": LARGE | {"season_length": 10},
+    "solar": LARGE | {"season_length": 10, "differencing": 10},
 }
 
 

@@ -8,7 +8,8 @@
 DATA is a folder with `cifar10/`, the data set as on the Hub; `fid/inception_2015_12_05_features.safetensors`, the
 weights of FID's Inception network; and `fid/cifar10_train_stats.npz`, the statistics of all training images. All runs
 go through `training/train_vsdm.py` and `training/evaluate.py`, one for each core at a time, in `outputs/images/`, and
-what is there is not done again. Writes `benchmarks/results/images_*.json`.
+what is there, or in the record with the same settings, is not done again. Writes `benchmarks/results/images_*.json`
+after each model.
 """
 
 import argparse
@@ -76,7 +77,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 VARIANT_BETA_MAX = 14
 # what the pilot found best, for all alike; in frequencies, but for those that know pixels
 TABLE = COMMON | {"prediction_type": "edm", "time_sampling": "log_normal", "beta_max": 10}
-TABLE |= {"max_train_steps": 1500, "ddpm_num_steps": 1000, "channels_last": True}
+TABLE |= {"max_train_steps": 1000, "ddpm_num_steps": 1000, "channels_last": True}
 TABLE_METHODS: dict[str, dict[str, Any]] = {
     "SGM": METHODS["SGM"],
     "VSDM, per frequency": METHODS["VSDM, per frequency"],
@@ -155,46 +156,41 @@ def measure(name: str, settings: dict[str, Any], data: Path, core: int) -> dict[
     return json.loads((folder / "metrics.json").read_text())
 
 
-def study(
-    name: str, models: dict[str, dict[str, Any]], evaluation: dict[str, Any], data: Path, cores: int
-) -> dict[str, Any]:
-    """Train and measure all models; returns the record."""
+def study(name: str, models: dict[str, dict[str, Any]], evaluation: dict[str, Any], data: Path, cores: int) -> None:
+    """Train and measure all models that the record lacks, and write it after each."""
+    place = RESULTS / f"images_{name}.json"
+    rest = {key: value for key, value in evaluation.items() if key != "statistics"}
+    configs = {model: json.loads(json.dumps({**settings, **rest})) for model, settings in models.items()}
+    runs = {run["name"]: run for run in json.loads(place.read_text())["runs"]} if place.exists() else {}
+    runs = {model: run for model, run in runs.items() if run["config"] == configs.get(model)}
     free: queue.Queue[int] = queue.Queue()
     for core in range(cores):
         free.put(core)
 
-    def on_a_core(work: Any, *arguments: Any) -> Any:
+    def whole(model: str) -> dict[str, Any]:
         core = free.get()
         try:
-            return work(*arguments, data, core)
+            folder = f"{name}/{slug(model)}"
+            train(folder, models[model], data, core)
+            found = measure(folder, evaluation, data, core)
         finally:
             free.put(core)
+        trained = json.loads((WORK / folder / "metrics.json").read_text())["metrics"]
+        metrics: dict[str, Any] = {"seconds": trained["seconds"], "lambda": trained["lambda"]}
+        for row in found["metrics"]["runs"]:
+            metrics |= {f"{measure} {row['run']}": row[measure] for measure in ("fid", "kid", "kid_std")}
+        return {"name": model, "seed": 0, "metrics": metrics, "config": configs[model], "versions": versions()}
 
-    runs: list[dict[str, Any]] = []
-    places = {model: f"{name}/{slug(model)}" for model in models}
     with concurrent.futures.ThreadPoolExecutor(cores) as pool:
-
-        def whole(model: str) -> dict[str, Any]:
-            on_a_core(train, places[model], models[model])
-            return on_a_core(measure, places[model], evaluation)
-
-        measured = pool.map(whole, models)
-        for model, found in zip(models, measured, strict=True):
-            trained = json.loads((WORK / places[model] / "metrics.json").read_text())
-            metrics: dict[str, Any] = {
-                "seconds": trained["metrics"]["seconds"],
-                "lambda": trained["metrics"]["lambda"],
+        missing = [pool.submit(whole, model) for model in models if model not in runs]
+        for future in concurrent.futures.as_completed(missing):
+            runs[future.result()["name"]] = future.result()
+            record = {
+                "command": f"python -m benchmarks.images {name} --data DATA",
+                "machine": {"cores": cores, "threads of each": 1},
+                "runs": [runs[model] for model in models if model in runs],
             }
-            for row in found["metrics"]["runs"]:
-                metrics |= {f"{measure} {row['run']}": row[measure] for measure in ("fid", "kid", "kid_std")}
-            config = {**models[model], **{key: value for key, value in evaluation.items() if key != "statistics"}}
-            runs.append({"name": model, "seed": 0, "metrics": metrics, "config": config})
-    return {
-        "command": f"python -m benchmarks.images {name} --data DATA",
-        "versions": versions(),
-        "machine": {"cores": cores, "threads of each": 1},
-        "runs": runs,
-    }
+            place.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def slug(name: str) -> str:
@@ -202,7 +198,7 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() or c == "." else "-" for c in name).replace("--", "-").lower()
 
 
-def pilot(data: Path, cores: int) -> dict[str, Any]:
+def pilot(data: Path, cores: int) -> None:
     """Every method with every beta_max, and some variants at one."""
     models = {
         f"{name}, {beta_max}": PILOT | settings | {"beta_max": beta_max}
@@ -214,15 +210,15 @@ def pilot(data: Path, cores: int) -> dict[str, Any]:
         for name, settings in VARIANTS.items()
     }
     evaluation = {"resolution": 16, "runs": PILOT_RUNS, "num_images": PILOT_IMAGES, "batch_size": 100}
-    return study("pilot", models, evaluation, data, cores)
+    study("pilot", models, evaluation, data, cores)
 
 
-def table(data: Path, cores: int) -> dict[str, Any]:
+def table(data: Path, cores: int) -> None:
     """Every method as the pilot found best."""
     models = {name: TABLE | settings for name, settings in TABLE_METHODS.items()}
     evaluation = {"resolution": 32, "runs": TABLE_RUNS, "num_images": TABLE_IMAGES, "batch_size": 100}
     evaluation |= {"statistics": data / "fid" / "cifar10_train_stats.npz"}
-    return study("table", models, evaluation, data, cores)
+    study("table", models, evaluation, data, cores)
 
 
 def spectrum(data: Path, cores: int) -> None:
@@ -250,35 +246,34 @@ def spectrum(data: Path, cores: int) -> None:
     figure.savefig(ROOT / "docs" / "images_spectrum.png")
 
 
-def chain(data: Path, cores: int) -> dict[str, Any] | None:
+def chain(data: Path, cores: int) -> None:
     """FID of the 10,000 test images against the statistics of the training images, which the literature knows."""
     features = InceptionFeatures(data / "fid" / "inception_2015_12_05_features.safetensors")
     images = load_images(str(data / "cifar10"), split="test")
     found = reference_features(images, len(images), 0, WORK / "test-features", features)
     if not process_state().is_main_process:
-        return None
+        return
     statistics = FeatureStatistics.load(data / "fid" / "cifar10_train_stats.npz")
     statistics.check(found)
-    return {
+    record = {
         "command": "torchrun --nproc_per_node 2 -m benchmarks.images chain --data DATA",
         "versions": versions(),
         "fid": frechet_distance(found, statistics),
         "num_samples": len(found),
     }
+    (RESULTS / "images_chain.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 STUDIES = {"chain": chain, "pilot": pilot, "table": table, "spectrum": spectrum}
 
 
 def main() -> None:
-    """Run a study and write its record."""
+    """Run a study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--data", type=Path, required=True)
     arguments = parser.parse_args()
-    record = STUDIES[arguments.study](arguments.data.resolve(), os.cpu_count() or 1)
-    if record is not None:
-        (RESULTS / f"images_{arguments.study}.json").write_text(json.dumps(record, indent=1) + "\n")
+    STUDIES[arguments.study](arguments.data.resolve(), os.cpu_count() or 1)
 
 
 if __name__ == "__main__":

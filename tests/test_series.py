@@ -377,7 +377,8 @@ def test_an_archive_that_is_too_large_or_damaged_is_refused(tmp_path, monkeypatc
 
 
 def test_a_name_of_gluonts_is_made_and_read(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("gluonts.dataset.repository.datasets")
+    from gluonts.dataset.repository import datasets
+
     x = values(8)
 
     def recipe(dataset_path, dataset_writer):
@@ -395,7 +396,8 @@ def test_a_name_of_gluonts_is_made_and_read(tmp_path, monkeypatch):
 
 
 def test_gluonts_itself_reads_what_is_read_here(tmp_path):
-    common = pytest.importorskip("gluonts.dataset.common")
+    from gluonts.dataset import common
+
     x = values(12, 3)
     write_folder(tmp_path, layout(*windows(x, 6, 2), metadata={"freq": "h"}))
     loaded = common.load_datasets(tmp_path / "metadata", tmp_path / "train", tmp_path / "test")
@@ -733,7 +735,8 @@ def test_histories_of_every_kind():
 
 
 def test_data_sets_of_gluonts_are_histories():
-    common = pytest.importorskip("gluonts.dataset.common")
+    from gluonts.dataset import common
+
     x = values(5).astype(np.float32)
     lines = [{"start": "2020-01-02", "target": x.T}, {"start": "2020-01-02", "target": x[:3].T}]
     with warnings.catch_warnings():

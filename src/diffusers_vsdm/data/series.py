@@ -308,15 +308,15 @@ def _unzipped(name: str, content: bytes) -> bytes:
 
 
 def _read_gluonts(files: dict[str, bytes], source: str, columns: list[str] | None, freq: str | None) -> pd.DataFrame:
-    parts = [(_match(name)["split"] or "metadata", name) for name in sorted(files)]
-    of = {split: [name for part, name in parts if part == split] for split in ("metadata", "train", "test")}
-    roots = {_match(name)["root"] for name in files}
+    places = [(found["root"], found["split"], name) for name in sorted(files) if (found := _LAYOUT.fullmatch(name))]
+    of = {part: [name for _, split, name in places if split == part] for part in (None, "train", "test")}
+    roots = {root for root, _, _ in places}
     if not of["train"] or len(roots) != 1:
         raise ValueError(
             f"{source!r} holds {'no train/*.json' if not of['train'] else f'several data sets, {sorted(roots)}'}: one"
             " data set in GluonTS's layout, with metadata.json, train/ and test/, is needed."
         )
-    freq = freq or _metadata_freq({name: files[name] for name in of["metadata"]}, source)
+    freq = freq or _metadata_freq({name: files[name] for name in of[None]}, source)
     train, test = (_entries({name: files[name] for name in of[split]}, source, freq) for split in ("train", "test"))
     if not train:
         raise ValueError(f"{source!r} has no series in its train split.")
@@ -329,12 +329,6 @@ def _read_gluonts(files: dict[str, bytes], source: str, columns: list[str] | Non
         for label, entry in zip(labels, entries, strict=True)
     }
     return _selected(_aligned(series, source), columns, source)
-
-
-def _match(name: str) -> re.Match:
-    found = _LAYOUT.fullmatch(name)
-    assert found is not None  # or it would not have been read
-    return found
 
 
 def _metadata_freq(files: dict[str, bytes], source: str) -> str:

@@ -142,11 +142,10 @@ class ForecastModel(ModelMixin, ConfigMixin):
                 [`SeriesUnits.inputs`].
             return_dict (`bool`, defaults to `True`): Whether to return a [`MLPModelOutput`] or a tuple.
         """
-        if (condition is None) == (inputs is None):
-            raise ValueError("Pass exactly one of `condition` and `inputs`.")
-        if condition is None:
-            assert inputs is not None
+        if condition is None and inputs is not None:
             condition = self.encode(inputs)[0].flatten(0, 1)
+        elif condition is None or inputs is not None:
+            raise ValueError("Pass exactly one of `condition` and `inputs`.")
         if sample.shape != (len(condition), self.config["num_series"]):
             raise ValueError(
                 f"`sample` must have shape {(len(condition), self.config['num_series'])}, got {tuple(sample.shape)}."

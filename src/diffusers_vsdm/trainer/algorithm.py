@@ -249,8 +249,8 @@ class BaseTrainer(ABC):
         """Sample, condition and what is observed of a [`Draw`]; `uniform()` is a number in [0, 1) for each example."""
 
     @abstractmethod
-    def _stage_condition(self, network: torch.nn.Module) -> Callable[[Tensor, Tensor | None], dict[str, Tensor]]:
-        """What the network is told of simulated samples and of the entries of `_stage_examples` that they have."""
+    def _stage_condition(self, network: torch.nn.Module, x: Tensor, condition: Tensor | None) -> dict[str, Tensor]:
+        """What the network is told of simulated samples `x` and of the entries of `_stage_examples` that they have."""
 
     def _stage_examples(self, network: torch.nn.Module) -> Tensor | None:
         """A condition for each trajectory of a stage, `(sa_trajectories, ...)`."""
@@ -392,10 +392,10 @@ class BaseTrainer(ABC):
         started = time.perf_counter()
         accelerator = self.accelerator
         with self._averaged_network() as network:
-            condition_of = self._stage_condition(network)
 
             def score(x: Tensor, k: int, condition: Tensor | None = None) -> Tensor:
-                return self.scheduler.get_score(self._predict(network, x, k, condition_of(x, condition)), k, x)
+                told = self._stage_condition(network, x, condition)
+                return self.scheduler.get_score(self._predict(network, x, k, told), k, x)
 
             output = self.approximation.update(
                 score,

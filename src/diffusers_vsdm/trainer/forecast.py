@@ -260,8 +260,8 @@ class ForecastTrainer(BaseTrainer):
             condition, _ = network.encode(inputs.to(self.accelerator.device))
         return condition[torch.arange(number), torch.arange(number) % condition.shape[1]]
 
-    def _stage_condition(self, network: Any) -> Callable[[Tensor, Tensor | None], dict[str, Tensor]]:
-        return lambda x, condition: {} if condition is None else {"condition": condition}
+    def _stage_condition(self, network: Any, x: Tensor, condition: Any) -> dict[str, Tensor]:
+        return {"condition": condition}
 
     def _validate(self) -> None:
         """Scores and a picture of the first validation window, in the log and in a file."""

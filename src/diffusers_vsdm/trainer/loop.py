@@ -85,9 +85,9 @@ class Trainer(BaseTrainer):
             labels = labels.masked_fill(uniform() < self.config.label_dropout, num_classes(self.network))
         return sample, class_condition(self.network, sample, labels), None
 
-    def _stage_condition(self, network: torch.nn.Module) -> Callable[[Tensor, Tensor | None], dict[str, Tensor]]:
+    def _stage_condition(self, network: torch.nn.Module, x: Tensor, condition: Tensor | None) -> dict[str, Tensor]:
         """No class: the drift carries all data to the prior, whatever their classes."""
-        return lambda x, _: class_condition(network, x)
+        return class_condition(network, x)
 
     def _finish(self, result: TrainingResult) -> TrainingResult:
         result.pipeline.unet.to(memory_format=torch.contiguous_format)

@@ -15,7 +15,7 @@ from ..data.calendar import calendar_features
 from ..models.forecaster import ForecastModel
 from ..normalizer import DataNormalizer
 from ..schedulers import VSDMScheduler
-from .pipeline_vsdm import VSDMPipeline
+from .pipeline_vsdm import VSDMPipeline, default_num_steps
 
 
 @dataclass
@@ -181,7 +181,7 @@ class VSDMForecastPipeline(DiffusionPipeline):
             TypeError: A history is of another type.
         """
         length = self.model.config["prediction_length"] if prediction_length is None else prediction_length
-        steps = self._default_num_steps() if num_inference_steps is None else num_inference_steps
+        steps = default_num_steps(self.scheduler) if num_inference_steps is None else num_inference_steps
         numbers = {"num_samples": num_samples, "prediction_length": length, "batch_size": batch_size}
         for name, value in (numbers | {"num_inference_steps": steps}).items():
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
@@ -277,9 +277,6 @@ class VSDMForecastPipeline(DiffusionPipeline):
         if self.normalizer is None:
             return latents
         return self.normalizer.to(latents.device).denormalize(latents)
-
-    def _default_num_steps(self) -> int:
-        return min(50, len(self.scheduler) - (self.scheduler.config.get("final_sigmas_type") == "sigma_min"))
 
     # Input ----------------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,11 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ALIGNMENT = 64  # bytes, of torch's CPU allocator
 
 
+def default_num_steps(scheduler: SchedulerMixin) -> int:
+    """Steps of a pipeline that is told none: 50, or as many as the training times allow."""
+    return min(50, len(scheduler) - (scheduler.config.get("final_sigmas_type") == "sigma_min"))
+
+
 @dataclass
 class VSDMPipelineOutput(BaseOutput):
     """Output of [`VSDMPipeline`].
@@ -200,7 +205,7 @@ class VSDMPipeline(DiffusionPipeline):
             self.scheduler.set_timesteps(timesteps=timesteps, device=device)
         else:
             if num_inference_steps is None:
-                num_inference_steps = self._default_num_steps()
+                num_inference_steps = default_num_steps(self.scheduler)
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         if latents is None:
             latents = self._first_sample(shape, generator, device)
@@ -368,9 +373,6 @@ class VSDMPipeline(DiffusionPipeline):
         array = samples.float().cpu().numpy()
         array = np.moveaxis(array, 1, -1) if is_image else array
         return self.numpy_to_pil(array) if output_type == "pil" else array
-
-    def _default_num_steps(self) -> int:
-        return min(50, len(self.scheduler) - (self.scheduler.config.get("final_sigmas_type") == "sigma_min"))
 
     def _first_sample(self, shape: tuple[int, ...], generator: Any, device: torch.device) -> Tensor:
         if isinstance(self.scheduler, VSDMScheduler):

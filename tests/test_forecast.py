@@ -19,7 +19,7 @@ from diffusers_vsdm import AdaptiveDiagonalDrift, DataNormalizer, ForecastModel,
 from diffusers_vsdm.data.calendar import calendar_features, default_lags, season_of, times_per_week
 from diffusers_vsdm.data.frames import as_gluonts_entries, regular_frame
 from diffusers_vsdm.metrics.forecast import LEVELS, forecast_metrics
-from diffusers_vsdm.models.denoisers import DENOISERS
+from diffusers_vsdm.models.denoisers import DENOISERS, DenoiserSizes
 from diffusers_vsdm.models.encoders import ENCODERS
 from diffusers_vsdm.models.series_units import LEAST_SCALE, MOST_UNITS, SCALINGS
 from diffusers_vsdm.pipelines.pipeline_forecast import _filled
@@ -238,7 +238,7 @@ def test_a_repeated_state_is_each_window_several_times_in_a_row(kind):
 @pytest.mark.parametrize("kind", DENOISERS)
 @pytest.mark.parametrize("d", [1, 2, 3, 8])
 def test_denoisers_of_few_and_more_series(kind, d):
-    network = randomized(DENOISERS[kind](d, 6, 3, 20, 4, 8, 8)).eval()
+    network = randomized(DENOISERS[kind](DenoiserSizes(d, 6, 3, 20, 4, 8, 8))).eval()
     x, hidden, known = (torch.randn(5, *shape, generator=generator(i)) for i, shape in enumerate([(d,), (6,), (3, d)]))
     k = torch.tensor([0, 3, 7, 12, 19])
     with torch.no_grad():
@@ -257,7 +257,7 @@ def test_denoisers_of_few_and_more_series(kind, d):
 @pytest.mark.parametrize("kind", DENOISERS)
 def test_each_series_knows_all_others_in_a_ring_of_eight(kind):
     """With as many layers as by default."""
-    network = randomized(DENOISERS[kind](8, 6, 1, 20, 8, 8, 8)).eval()
+    network = randomized(DENOISERS[kind](DenoiserSizes(8, 6, 1, 20, 8, 8, 8))).eval()
     x = torch.randn(1, 8, generator=generator()).requires_grad_()
     hidden, known = torch.zeros(1, 6), torch.zeros(1, 1, 8)
     jacobian = torch.autograd.functional.jacobian(lambda x: network(x, 3, hidden, known)[0], x)[:, 0]

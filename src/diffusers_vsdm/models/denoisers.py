@@ -1,8 +1,8 @@
 """Networks that denoise a vector of d series, given what an encoder knows of the past.
 
-A denoiser is a module with `forward(sample, timestep, hidden, known)`: `(batch, d)`, training steps k, one or
-`(batch,)`, the encoder's `(batch, hidden_size)`, and what is known of each series, `(batch, num_known, d)`; it returns
-`(batch, d)`. Both treat the series as positions of a line, closed to a ring.
+A denoiser is a module of [`DenoiserSizes`] with `forward(sample, timestep, hidden, known)`: `(batch, d)`, training
+steps k, one or `(batch,)`, the encoder's `(batch, hidden_size)`, and what is known of each series,
+`(batch, num_known, d)`; it returns `(batch, d)`. Both treat the series as positions of a line, closed to a ring.
 
 References:
     van den Oord et al. (2016), "WaveNet: A Generative Model for Raw Audio": gated dilated convolutions.
@@ -12,6 +12,7 @@ References:
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from diffusers import UNet1DModel
@@ -20,11 +21,34 @@ from torch import Tensor, nn
 from .mlp import TimeEmbedding
 
 
+@dataclass
+class DenoiserSizes:
+    """What a denoiser is made for, and how large.
+
+    Args:
+        num_series: Series d.
+        hidden_size: Of the encoder's vector.
+        num_known: What is known of each series.
+        num_train_timesteps: Training times N.
+        num_layers, channels: Of the network over the series.
+        width: Of the embedding of time.
+    """
+
+    num_series: int
+    hidden_size: int
+    num_known: int
+    num_train_timesteps: int
+    num_layers: int
+    channels: int
+    width: int
+
+
 class _GatedBlock(nn.Module):
-    def __init__(self, channels: int, width: int, dilation: int, num_known: int):
+    def __init__(self, sizes: DenoiserSizes, dilation: int):
         super().__init__()
-        self.time = nn.Linear(width, channels)
-        self.condition = nn.Conv1d(1 + num_known, 2 * channels, 1)
+        channels = sizes.channels
+        self.time = nn.Linear(sizes.width, channels)
+        self.condition = nn.Conv1d(1 + sizes.num_known, 2 * channels, 1)
         self.dilated = nn.Conv1d(
             channels, 2 * channels, 3, padding=dilation, dilation=dilation, padding_mode="circular"
         )
@@ -38,29 +62,20 @@ class _GatedBlock(nn.Module):
 
 
 class WaveNetDenoiser(nn.Module):
-    """Gated residual convolutions, as DiffWave and TimeGrad have them; arguments as in [`DENOISERS`]."""
+    """Gated residual convolutions, as DiffWave and TimeGrad have them."""
 
-    def __init__(
-        self,
-        num_series: int,
-        hidden_size: int,
-        num_known: int,
-        num_train_timesteps: int,
-        num_layers: int,
-        channels: int,
-        width: int,
-    ):
+    def __init__(self, sizes: DenoiserSizes):
         super().__init__()
-        self.embed_time = TimeEmbedding(num_train_timesteps, width)
-        self.embed_hidden = nn.Linear(hidden_size, width)
-        self.embed = nn.Conv1d(1, channels, 1)
-        self.spread = _spread(hidden_size, num_series)
+        self.embed_time = TimeEmbedding(sizes.num_train_timesteps, sizes.width)
+        self.embed_hidden = nn.Linear(sizes.hidden_size, sizes.width)
+        self.embed = nn.Conv1d(1, sizes.channels, 1)
+        self.spread = _spread(sizes.hidden_size, sizes.num_series)
         # a reach of 1, 2, 1, 2, ...; a ring of one or two series has no more
-        reach = [min(2 ** (i % 2), max(1, num_series - 1)) for i in range(num_layers)]
-        self.blocks = nn.ModuleList(_GatedBlock(channels, width, dilation, num_known) for dilation in reach)
-        last = nn.Conv1d(channels, 1, 1)
+        reach = [min(2 ** (i % 2), max(1, sizes.num_series - 1)) for i in range(sizes.num_layers)]
+        self.blocks = nn.ModuleList(_GatedBlock(sizes, dilation) for dilation in reach)
+        last = nn.Conv1d(sizes.channels, 1, 1)
         nn.init.zeros_(last.weight)
-        self.readout = nn.Sequential(nn.Conv1d(channels, channels, 1), nn.SiLU(), last)
+        self.readout = nn.Sequential(nn.Conv1d(sizes.channels, sizes.channels, 1), nn.SiLU(), last)
 
     def forward(self, sample: Tensor, timestep: Tensor | float | int, hidden: Tensor, known: Tensor) -> Tensor:
         """See the module."""
@@ -74,27 +89,18 @@ class WaveNetDenoiser(nn.Module):
 
 
 class UNetDenoiser(nn.Module):
-    """Diffusers' one-dimensional U-Net, with the condition as further channels; arguments as in [`DENOISERS`]."""
+    """Diffusers' one-dimensional U-Net, with the condition as further channels."""
 
     LEVELS = 3
 
-    def __init__(
-        self,
-        num_series: int,
-        hidden_size: int,
-        num_known: int,
-        num_train_timesteps: int,
-        num_layers: int,
-        channels: int,
-        width: int,
-    ):
+    def __init__(self, sizes: DenoiserSizes):
         super().__init__()
-        self.scale = 1000 / num_train_timesteps  # the embedding is made for a thousand steps
-        self.spread = _spread(hidden_size, num_series)
-        self.padding = -num_series % 2**self.LEVELS
-        groups = math.gcd(8, channels)
+        self.scale = 1000 / sizes.num_train_timesteps  # the embedding is made for a thousand steps
+        self.spread = _spread(sizes.hidden_size, sizes.num_series)
+        self.padding = -sizes.num_series % 2**self.LEVELS
+        groups = math.gcd(8, sizes.channels)
         self.unet = UNet1DModel(
-            in_channels=2 + num_known,
+            in_channels=2 + sizes.num_known,
             out_channels=1,
             time_embedding_type="positional",
             use_timestep_embedding=True,
@@ -103,9 +109,9 @@ class UNetDenoiser(nn.Module):
             mid_block_type="MidResTemporalBlock1D",
             up_block_types=("UpResnetBlock1D",) * (self.LEVELS - 1),
             out_block_type="OutConv1DBlock",
-            block_out_channels=tuple(channels * 2 ** (i + 1) for i in range(self.LEVELS)),
+            block_out_channels=tuple(sizes.channels * 2 ** (i + 1) for i in range(self.LEVELS)),
             norm_num_groups=groups,
-            layers_per_block=max(1, num_layers // 8),
+            layers_per_block=max(1, sizes.num_layers // 8),
             act_fn="mish",
             downsample_each_block=False,
         )
@@ -125,5 +131,4 @@ def _spread(hidden_size: int, num_series: int) -> nn.Module:
     return nn.Sequential(nn.Linear(hidden_size, half), nn.SiLU(), nn.Linear(half, num_series), nn.SiLU())
 
 
-# constructors of (d, hidden_size, num_known, training times N, layers, channels, width of the embedding of time)
 DENOISERS = {"wavenet": WaveNetDenoiser, "unet": UNetDenoiser}

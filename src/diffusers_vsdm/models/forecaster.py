@@ -18,7 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
-from .denoisers import DENOISERS
+from .denoisers import DENOISERS, DenoiserSizes
 from .encoders import ENCODERS
 from .mlp import MLPModelOutput
 from .series_units import SCALINGS, SeriesUnits
@@ -101,7 +101,7 @@ class ForecastModel(ModelMixin, ConfigMixin):
         inputs = num_series * self.num_known + num_series + num_time_features
         length = context_length + prediction_length
         self.encoder = ENCODERS[encoder_type](inputs, encoder_width, encoder_layers, encoder_dropout, length)
-        self.denoiser = DENOISERS[denoiser_type](
+        sizes = DenoiserSizes(
             num_series,
             encoder_width,
             self.num_known,
@@ -110,6 +110,7 @@ class ForecastModel(ModelMixin, ConfigMixin):
             denoiser_channels,
             denoiser_width,
         )
+        self.denoiser = DENOISERS[denoiser_type](sizes)
         self.register_buffer("typical_scale", torch.ones(num_series))
 
     @property

@@ -8,8 +8,8 @@
 DATA is a folder with `cifar10/`, the data set as on the Hub; `fid/inception_2015_12_05_features.safetensors`, the
 weights of FID's Inception network; and `fid/cifar10_train_stats.npz`, the statistics of all training images. All runs
 go through `training/train_vsdm.py` and `training/evaluate.py`, one for each core at a time, in `outputs/images/`, and
-what is there, or in the record with the same settings, is not done again. Writes `benchmarks/results/images_*.json`
-after each model.
+what is there is not done again. Writes `benchmarks/results/images_*.json` after each run of a sampler, and does not
+repeat those that it finds there with the same settings.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import os
 import queue
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -134,13 +135,11 @@ def train(name: str, settings: dict[str, Any], data: Path, core: int) -> None:
     launch("training/train_vsdm.py", settings | own, folder.with_name(f"{folder.name}.log"), core)
 
 
-def measure(name: str, settings: dict[str, Any], data: Path, core: int) -> dict[str, Any]:
-    """The record of that model's evaluation; all models share the features of the reference images."""
-    folder, shared = WORK / name / "fidelity", WORK / f"reference-{settings['resolution']}"
-    if (folder / "metrics.json").exists():
-        return json.loads((folder / "metrics.json").read_text())
+def measure(name: str, settings: dict[str, Any], run: str, data: Path, core: int) -> dict[str, Any]:
+    """What is measured of that model by one sampler; all share the features of the reference images."""
+    folder, shared = WORK / name / "fidelity" / run, WORK / f"reference-{settings['resolution']}"
     shared.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "reference").exists():
         (folder / "reference").symlink_to(shared, target_is_directory=True)
     own = {
@@ -151,46 +150,61 @@ def measure(name: str, settings: dict[str, Any], data: Path, core: int) -> dict[
         "num_reference_images": REFERENCE_IMAGES,
         "output_dir": folder,
         "mixed_precision": "bf16",
+        "runs": run,
     }
     launch("training/evaluate.py", own | settings, folder.with_name(f"{folder.name}.log"), core)
-    return json.loads((folder / "metrics.json").read_text())
+    (row,) = json.loads((folder / "metrics.json").read_text())["metrics"]["runs"]
+    return {f"{name} {run}": row[name] for name in ("fid", "kid", "kid_std")}
 
 
-def study(name: str, models: dict[str, dict[str, Any]], evaluation: dict[str, Any], data: Path, cores: int) -> None:
-    """Train and measure all models that the record lacks, and write it after each."""
+def study(
+    name: str,
+    models: dict[str, dict[str, Any]],
+    samplers: tuple[str, ...],
+    evaluation: dict[str, Any],
+    data: Path,
+    cores: int,
+) -> None:
+    """Train and measure what the record lacks."""
     place = RESULTS / f"images_{name}.json"
-    rest = {key: value for key, value in evaluation.items() if key != "statistics"}
+    rest = {key: value for key, value in evaluation.items() if key != "statistics"} | {"runs": samplers}
     configs = {model: json.loads(json.dumps({**settings, **rest})) for model, settings in models.items()}
-    runs = {run["name"]: run for run in json.loads(place.read_text())["runs"]} if place.exists() else {}
-    runs = {model: run for model, run in runs.items() if run["config"] == configs.get(model)}
+    found = {run["name"]: run for run in json.loads(place.read_text())["runs"]} if place.exists() else {}
+    found = {model: run for model, run in found.items() if run["config"] == configs.get(model)}
+    writing = threading.Lock()
     free: queue.Queue[int] = queue.Queue()
     for core in range(cores):
         free.put(core)
 
-    def whole(model: str) -> dict[str, Any]:
-        core = free.get()
-        try:
-            folder = f"{name}/{slug(model)}"
-            train(folder, models[model], data, core)
-            found = measure(folder, evaluation, data, core)
-        finally:
-            free.put(core)
-        trained = json.loads((WORK / folder / "metrics.json").read_text())["metrics"]
-        metrics: dict[str, Any] = {"seconds": trained["seconds"], "lambda": trained["lambda"]}
-        for row in found["metrics"]["runs"]:
-            metrics |= {f"{measure} {row['run']}": row[measure] for measure in ("fid", "kid", "kid_std")}
-        return {"name": model, "seed": 0, "metrics": metrics, "config": configs[model], "versions": versions()}
-
-    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
-        missing = [pool.submit(whole, model) for model in models if model not in runs]
-        for future in concurrent.futures.as_completed(missing):
-            runs[future.result()["name"]] = future.result()
+    def add(model: str, metrics: dict[str, Any]) -> None:
+        with writing:
+            run = found.setdefault(model, {"name": model, "seed": 0, "metrics": {}, "config": configs[model]})
+            run["metrics"] |= metrics
+            run["versions"] = versions()
             record = {
                 "command": f"python -m benchmarks.images {name} --data DATA",
                 "machine": {"cores": cores, "threads of each": 1},
-                "runs": [runs[model] for model in models if model in runs],
+                "runs": [found[model] for model in models if model in found],
             }
             place.write_text(json.dumps(record, indent=1) + "\n")
+
+    def whole(model: str) -> None:
+        known = found[model]["metrics"] if model in found else {}
+        missing = [run for run in samplers if f"fid {run}" not in known]
+        core = free.get()
+        try:
+            if missing:
+                train(f"{name}/{slug(model)}", models[model], data, core)
+                trained = json.loads((WORK / name / slug(model) / "metrics.json").read_text())["metrics"]
+                add(model, {"seconds": trained["seconds"], "lambda": trained["lambda"]})
+            for run in missing:
+                add(model, measure(f"{name}/{slug(model)}", evaluation, run, data, core))
+        finally:
+            free.put(core)
+
+    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+        for _ in pool.map(whole, models):
+            pass
 
 
 def slug(name: str) -> str:
@@ -209,16 +223,16 @@ def pilot(data: Path, cores: int) -> None:
         f"{name}, {VARIANT_BETA_MAX}": PILOT | settings | {"beta_max": VARIANT_BETA_MAX}
         for name, settings in VARIANTS.items()
     }
-    evaluation = {"resolution": 16, "runs": PILOT_RUNS, "num_images": PILOT_IMAGES, "batch_size": 100}
-    study("pilot", models, evaluation, data, cores)
+    evaluation = {"resolution": 16, "num_images": PILOT_IMAGES, "batch_size": 100}
+    study("pilot", models, PILOT_RUNS, evaluation, data, cores)
 
 
 def table(data: Path, cores: int) -> None:
     """Every method as the pilot found best."""
     models = {name: TABLE | settings for name, settings in TABLE_METHODS.items()}
-    evaluation = {"resolution": 32, "runs": TABLE_RUNS, "num_images": TABLE_IMAGES, "batch_size": 100}
+    evaluation = {"resolution": 32, "num_images": TABLE_IMAGES, "batch_size": 100}
     evaluation |= {"statistics": data / "fid" / "cifar10_train_stats.npz"}
-    study("table", models, evaluation, data, cores)
+    study("table", models, TABLE_RUNS, evaluation, data, cores)
 
 
 def spectrum(data: Path, cores: int) -> None:

@@ -2,12 +2,13 @@
 
     python -m benchmarks.forecast table --data DATA [--datasets exchange ...] [--methods VSDM ...] [--seeds 0 1 2]
     python -m benchmarks.forecast speed --data DATA      # after the table
+    python -m benchmarks.forecast calibration --data DATA
     python -m benchmarks.forecast card --data DATA       # the model that ships, exchange's VSDM of the first seed
 
 DATA holds the folder `timeseries`. All methods have the same encoder, network, steps and settings of the data, which
 were chosen for the score-based model on windows before the test's; they differ in process, drift and solver. Models
-stay in `outputs/forecast/`, and what is there is not trained again. Adds its runs to `forecast.json` and
-`forecast_speed.json` in `benchmarks/results/`.
+stay in `outputs/forecast/`, and what is there is not trained again. Adds its runs to `forecast.json`,
+`forecast_speed.json` and `forecast_calibration.json` in `benchmarks/results/`.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from diffusers_vsdm import VSDMForecastPipeline, VSDMScheduler
@@ -38,6 +40,8 @@ SAMPLES = 100
 METHODS: dict[str, dict[str, Any]] = {
     "VSDM": {},
     "SGM": {"baseline": "sgm"},
+    "VSDM, dense": {"basis": "dense"},
+    "SGM, dense": {"baseline": "sgm", "basis": "dense"},
     # TimeGrad's process
     "DDPM": {
         "baseline": "sgm",
@@ -50,11 +54,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 # solver and steps at each time; the first ones are the method's own
-SAMPLERS: dict[str, tuple[tuple[str, int], ...]] = {
-    "VSDM": (("trig", 10), ("trig", 6), ("trig", 30)),
-    "SGM": (("trig", 10), ("trig", 6), ("trig", 30)),
-    "DDPM": (("ddpm", 150), ("trig", 10), ("trig", 6)),
-}
+SAMPLERS: dict[str, tuple[tuple[str, int], ...]] = dict.fromkeys(METHODS, (("trig", 10), ("trig", 6), ("trig", 30)))
+SAMPLERS["DDPM"] = (("ddpm", 150), ("trig", 10), ("trig", 6))
 NAMES = {"exchange": "exchange_rate_nips"}  # that GluonTS knows it by
 COMMON: dict[str, Any] = {"prediction_type": "epsilon", "sa_stages": 30, "sa_trajectories": 128}
 LARGE = {"max_train_steps": 3000, "train_batch_size": 8, "learning_rate": 2e-3}
@@ -75,7 +76,7 @@ def series(dataset: str, data: Path) -> Any:
 
 def model(dataset: str, method: str, seed: int, frame: Any) -> tuple[VSDMForecastPipeline, dict[str, Any]]:
     """A trained pipeline and its record."""
-    folder = WORK / f"{dataset}-{method.lower()}-{seed}"
+    folder = WORK / f"{dataset}-{method.lower().replace(', ', '-')}-{seed}"
     if not (folder / "metrics.json").exists():
         chosen = DATASETS[dataset]
         config = ForecastConfig(
@@ -157,6 +158,39 @@ def speed(arguments: argparse.Namespace) -> None:
             print(runs[0]["name"], [run["metrics"]["seconds"] for run in runs], flush=True)
 
 
+def calibration(arguments: argparse.Namespace) -> None:
+    """The sum over the series one step ahead, at every row of the test windows: its mean and its spread."""
+    for dataset in arguments.datasets:
+        frame, chosen = series(dataset, arguments.data), DATASETS[dataset]
+        for seed in arguments.seeds:
+            for method in arguments.methods:
+                pipeline, record = model(dataset, method, seed, frame)
+                rows, season = chosen.horizon * chosen.windows, pipeline.model.config["differencing"]
+                origins = rolling_windows(frame, 1, rows)
+                histories = [history.iloc[-pipeline.model.history_length :] for history, _ in origins]
+                solver, steps = SAMPLERS[method][0]
+                output: Any = with_solver(pipeline, solver)(
+                    histories,
+                    SAMPLES,
+                    prediction_length=1,
+                    num_inference_steps=steps,
+                    generator=torch.Generator().manual_seed(EVALUATION_SEED),
+                )
+                sums = output.samples.sum((2, 3))  # (rows, paths)
+                truth = np.array([row.to_numpy().sum() for _, row in origins])
+                known = np.array([h.to_numpy()[-season].sum() for h, _ in origins]) if season else 0.0
+                mean = sums.mean(1)
+                covariance = np.cov(mean - known, truth - known)
+                metrics = {
+                    "slope": covariance[0, 1] / covariance[0, 0],
+                    "spread": sums.std(1).mean() / np.sqrt(np.square(truth - mean).mean()),
+                    "error": np.sqrt(np.square(truth - mean).mean()) / (truth - known).std(),
+                }
+                run = {"name": f"{dataset}: {method}", "seed": seed, "metrics": metrics, "config": record["config"]}
+                write("forecast_calibration", [run])
+                print(run["name"], seed, metrics, flush=True)
+
+
 def card(arguments: argparse.Namespace) -> None:
     """Copy a trained pipeline of exchange to `model_cards/`."""
     frame, target = series("exchange", arguments.data), ROOT / "model_cards" / "exchange"
@@ -176,7 +210,7 @@ def write(name: str, runs: list[dict[str, Any]]) -> None:
     names = [f"{dataset}: {method}" for dataset in DATASETS for method in METHODS]
     place = {run_name: i for i, run_name in enumerate(names)}
     record = {
-        "command": f"python -m benchmarks.forecast {'table' if name == 'forecast' else 'speed'} --data DATA",
+        "command": f"python -m benchmarks.forecast {name.partition('_')[2] or 'table'} --data DATA",
         "versions": versions(),
         "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "runs": sorted(kept + runs, key=lambda run: (place.get(run["name"], 0), run["seed"])),
@@ -184,7 +218,7 @@ def write(name: str, runs: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-STUDIES = {"table": table, "speed": speed, "card": card}
+STUDIES = {"table": table, "speed": speed, "calibration": calibration, "card": card}
 
 
 def main() -> None:

@@ -420,6 +420,11 @@ TABLES: dict[str, tuple] = {
         {"seconds": median("seconds", 2), "CRPS-sum": median("crps_sum", 4)},
         in_order,
     ),
+    "forecast_calibration": (
+        "forecast_calibration.json",
+        {"slope": each("slope", 2), "spread / error": each("spread", 2), "error / deviation": each("error", 2)},
+        in_order,
+    ),
     "images_pilot": (
         "images_pilot.json",
         {

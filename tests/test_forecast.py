@@ -402,6 +402,25 @@ def test_the_law_of_a_perfect_network_needs_the_marginal_prior_in_a_short_proces
     assert np.abs(spread[0] - 1).max() < 0.05 and np.abs(spread[1] - 1).max() > 0.1
 
 
+@pytest.mark.parametrize("beta_max, lam", [(10.0, (1.0, 1.0)), (10.0, (0.4, 0.7)), (3.0, (1.0, 1.0))])
+def test_a_short_process_draws_forecasts_to_the_marginal_prior(beta_max, lam):
+    """By as much as docs/forecasting.md says: the prior does not know the past, and x_T still does."""
+    pipe = exact(scaling="none", prior="marginal", beta_max=beta_max, lam=lam)
+    history, n = series(20, level=0), 4000
+    output = pipe(history, n, prediction_length=1, num_inference_steps=20, generator=generator())
+    samples = output.samples[:, 0]
+    wanted = closed_form(pipe, history)[0][0]
+    sigma, drift = np.asarray(SIGMA), pipe.scheduler.drift
+    a = np.exp(-0.5 * np.asarray(lam) * float(pipe.scheduler.integrated_beta[-1]))
+    s2, m, v = (1 - a**2) / lam, drift.data_mean.numpy(), drift.data_variance.numpy()
+    remaining = np.sqrt(a**2 * sigma**2 + s2)
+    mean = wanted + a * sigma / remaining * (m - wanted)
+    std = sigma * np.sqrt(a**2 * v + s2) / remaining
+    assert (np.abs(samples.mean(0) - mean) < 4 * std / np.sqrt(n)).all()
+    np.testing.assert_allclose(samples.std(0), std, rtol=0.05)
+    assert (np.abs(mean - wanted) > 10 * std / np.sqrt(n)).any()  # or the check above shows nothing
+
+
 @pytest.mark.parametrize("batch_size", [7, 64, 4096])
 def test_a_history_is_forecast_the_same_whoever_is_with_it(batch_size):
     """With no noise in the data there is one path, whatever is drawn."""

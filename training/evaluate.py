@@ -10,12 +10,12 @@ process or several, and compares them with data; stopped, it goes on where it wa
 """
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from diffusers_vsdm.command_line import told
 from diffusers_vsdm.files import write_atomically
 from diffusers_vsdm.trainer.evaluation import EvaluationConfig, evaluate
 from diffusers_vsdm.trainer.processes import process_state
@@ -24,11 +24,9 @@ from diffusers_vsdm.trainer.report import versions
 
 def main() -> None:
     """Parse the command line, evaluate, print and save the record."""
-    try:
+    with told(ValueError, OSError, ImportError, FloatingPointError):
         (config,) = HfArgumentParser(EvaluationConfig, description=__doc__).parse_args_into_dataclasses()
         metrics = evaluate(config)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        sys.exit(f"evaluate.py: {error}")
     if not process_state().is_main_process:
         return
     for name, value in metrics.items():

@@ -180,11 +180,11 @@ def calibration(arguments: argparse.Namespace) -> None:
                 truth = np.array([row.to_numpy().sum() for _, row in origins])
                 known = np.array([h.to_numpy()[-season].sum() for h, _ in origins]) if season else 0.0
                 mean = sums.mean(1)
-                covariance = np.cov(mean - known, truth - known)
+                error, covariance = np.sqrt(np.square(truth - mean).mean()), np.cov(mean - known, truth - known)
                 metrics = {
                     "slope": covariance[0, 1] / covariance[0, 0],
-                    "spread": sums.std(1).mean() / np.sqrt(np.square(truth - mean).mean()),
-                    "error": np.sqrt(np.square(truth - mean).mean()) / (truth - known).std(),
+                    "spread": sums.std(1).mean() / error,
+                    "error": error / (truth - known).std(),
                 }
                 run = {"name": f"{dataset}: {method}", "seed": seed, "metrics": metrics, "config": record["config"]}
                 write("forecast_calibration", [run])

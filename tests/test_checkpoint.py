@@ -4,10 +4,7 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +12,8 @@ from accelerate.state import AcceleratorState
 
 from diffusers_vsdm.trainer import Trainer, TrainingConfig, checkpoint
 from diffusers_vsdm.trainer.checkpoint import find_checkpoint, list_checkpoints
+
+from .processes import run_python
 
 
 TINY = {
@@ -224,7 +223,7 @@ def test_two_processes_compute_what_one_does(tmp_path, stage_only, tolerance):
         "from pathlib import Path; from accelerate import debug_launcher; from tests import test_checkpoint as t;"
         f" debug_launcher(t._two_processes, (Path({str(tmp_path)!r}), 32, {stage_only}), num_processes=2)"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True, timeout=60)
+    run_python(["-c", code]).check_returncode()
     one, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     assert first == second  # without a broadcast
     for a, b in zip(one, first, strict=True):

@@ -27,6 +27,8 @@ from diffusers_vsdm.trainer.evaluation import EvaluationConfig, evaluate
 from diffusers_vsdm.trainer.fidelity import SamplingRun, measure_fidelity
 from diffusers_vsdm.trainer.shards import load_shards, make_shards
 
+from .processes import run_python
+
 
 def has_torch_fidelity():
     try:
@@ -240,11 +242,14 @@ def test_processes_share_the_pieces(pipeline, tmp_path):
     names = {"root": str(root), "model": str(tmp_path / "model"), "statistics": str(tmp_path / "statistics.npz")}
     (tmp_path / "script.py").write_text(TWO_PROCESSES.format(**names))
     environment = os.environ | {"PYTHONPATH": str(root / "src"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    for number in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
-        command += [str(tmp_path / "script.py"), str(tmp_path / f"out-{number}")]
-        outcome = subprocess.run(command, env=environment, capture_output=True, timeout=60)
-        assert outcome.returncode == 0, outcome.stderr.decode()[-2000:]
+    script = str(tmp_path / "script.py")
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    outcomes = [
+        run_python([script, tmp_path / "out-1"], env=environment),
+        subprocess.run([*two, str(tmp_path / "out-2")], env=environment, capture_output=True, text=True, timeout=60),
+    ]
+    for outcome in outcomes:
+        assert outcome.returncode == 0, outcome.stderr[-2000:]
     found = [json.loads((tmp_path / "out-2" / f"rank-{rank}.json").read_text()) for rank in range(2)]
     (alone,) = [json.loads((tmp_path / "out-1" / "rank-0.json").read_text())]
     assert [made for made, _ in found] == [[0, 6], [3, 9]] and alone[0] == [0, 3, 6, 9]

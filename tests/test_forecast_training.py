@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from diffusers_vsdm.trainer import forecast
 from diffusers_vsdm.trainer.checkpoint import list_checkpoints
 from diffusers_vsdm.trainer.forecast import ForecastConfig, ForecastTrainer, train_forecaster
 from diffusers_vsdm.trainer.forecast_report import write_forecast_report
+
+from .processes import run_python
 
 
 pytestmark = [pytest.mark.usefixtures("fresh_accelerator"), pytest.mark.filterwarnings("error::FutureWarning")]
@@ -371,16 +372,22 @@ def test_a_stated_command_is_read_as_the_same_settings(settings):
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """A run of the command line, through `accelerate launch`, on a file with business days."""
+    """A run of the command line, on a file with business days."""
     folder = tmp_path_factory.mktemp("launched")
     frame = walks(80, freq=None)
     frame.index = pd.bdate_range("2024-01-01", periods=80, name="date")
     frame.to_csv(folder / "walks.csv")
     flags = [f"--{name}={value}" for name, value in TINY.items()]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", str(SCRIPT)]
-    command += [f"--train_data_dir={folder / 'walks.csv'}", f"--output_dir={folder / 'model'}", "--lags", "1", "5"]
+    command = [
+        SCRIPT,
+        f"--train_data_dir={folder / 'walks.csv'}",
+        f"--output_dir={folder / 'model'}",
+        "--lags",
+        "1",
+        "5",
+    ]
     command += [*flags, "--differencing=1", "--num_validation_windows=1", "--validation_steps=10"]
-    found = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    found = run_python(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert found.returncode == 0, found.stderr
     return folder / "model", frame, found
 

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +17,15 @@ from diffusers_vsdm.trainer.bridge import BridgeResult, train_bridge
 from diffusers_vsdm.trainer.bridge_report import write_bridge_report
 from diffusers_vsdm.trainer.report import write_report
 
-from .hub_server import ROOT, Hub
+from .hub_server import Hub
+from .processes import ROOT, run_python
 from .test_bridge_trainer import tiny as tiny_bridge
 from .test_classes import conditional
 from .test_pipeline import generator
 from .test_ways_in import SAMPLE, WAYS
 
 
+SCRIPT = ROOT / "training" / "train_vsdm.py"
 TINY = {
     "standardize": True,
     "max_train_steps": 20,
@@ -93,9 +93,7 @@ def test_a_private_run_is_pushed_and_loads_in_every_way(hub, tmp_path, monkeypat
     flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in TINY.items()]
     flags += ["--push_to_hub", "--hub_model_id=private-spiral", "--hub_private_repo", "--hub_tag=v1"]
     flags += ["--output_dir=outputs/secret-place", "--checkpointing_steps=10", "--logger=tensorboard"]
-    script = [sys.executable, str(ROOT / "training" / "train_vsdm.py")]
-    environment = hub.environment(tmp_path / "home")
-    outcome = subprocess.run([*script, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    outcome = run_python([SCRIPT, *flags], tmp_path, hub.environment(tmp_path / "home"))
     assert outcome.returncode == 0 and "It is on the Hub" in outcome.stdout, outcome.stderr
     assert "token-alice" not in outcome.stdout + outcome.stderr
 
@@ -122,9 +120,8 @@ def test_a_private_run_is_pushed_and_loads_in_every_way(hub, tmp_path, monkeypat
         # Diffusers asks for a library that it does not know before it reads the remote code
         known = "import diffusers_vsdm\n" if way == "custom_pipeline" else ""
         code = known + code.replace("'model'", f"{repo_id!r}") + SAMPLE
-        environment = hub.environment(folder / "home")
-        outcome = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True)
-        assert outcome.returncode == 0, (way, outcome.stderr.decode()[-2000:])
+        outcome = run_python(["-c", code], folder, hub.environment(folder / "home"))
+        assert outcome.returncode == 0, (way, outcome.stderr[-2000:])
         assert np.array_equal(np.load(folder / "samples.npy"), expected), way
 
 
@@ -168,9 +165,8 @@ torch.set_num_threads(1)  # as here: kernels round by it
 pipeline = VSDMPipeline.from_pretrained("alice/classes")
 numpy.save("samples.npy", pipeline(2, torch.Generator().manual_seed(0), **{arguments}).samples)
 """
-    environment = hub.environment(tmp_path / "home")
-    outcome = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True)
-    assert outcome.returncode == 0, outcome.stderr.decode()[-2000:]
+    outcome = run_python(["-c", code], tmp_path, hub.environment(tmp_path / "home"))
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
     assert np.array_equal(np.load(tmp_path / "samples.npy"), pipeline(2, generator(), **arguments).samples)
 
 
@@ -207,10 +203,8 @@ swapped = VSDMScheduler.from_config(scheduler.config, solver="trig")
 other = VSDMPipeline.from_pretrained("alice/halves", scheduler=swapped)
 assert other(3, num_inference_steps=4, output_type="np").samples.shape == (3, 2)
 """
-    outcome = subprocess.run(
-        [sys.executable, "-c", code], env=hub.environment(tmp_path / "home"), cwd=tmp_path, capture_output=True
-    )
-    assert outcome.returncode == 0, outcome.stderr.decode()[-2000:]
+    outcome = run_python(["-c", code], tmp_path, hub.environment(tmp_path / "home"))
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
 
 
 def test_what_is_written_by_hand_survives(client, trained):
@@ -257,10 +251,8 @@ def test_the_card_s_code_runs_as_printed(hub, client, trained, tmp_path):
     code = "".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
     assert code.count("samples = ") == 2
     code += "assert samples.shape == (1000, 2)"
-    outcome = subprocess.run(
-        [sys.executable, "-c", code], env=hub.environment(tmp_path / "home"), cwd=tmp_path, capture_output=True
-    )
-    assert outcome.returncode == 0, outcome.stderr.decode()[-2000:]
+    outcome = run_python(["-c", code], tmp_path, hub.environment(tmp_path / "home"))
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
     command = re.search(r"^accelerate launch .*", text, flags=re.MULTILINE)[0]
     assert "--standardize" in command and "--max_train_steps 20" in command and str(trained.parent) not in text
 
@@ -269,8 +261,7 @@ def test_the_card_s_code_runs_as_printed(hub, client, trained, tmp_path):
 def test_a_push_that_is_not_allowed_ends_before_the_training(hub, tmp_path, token):
     flags = ["--push_to_hub", "--hub_model_id=alice/not-yours", f"--output_dir={tmp_path / 'model'}"]
     environment = hub.environment(tmp_path / "home", user=None) | ({"HF_TOKEN": token} if token else {})
-    script = [sys.executable, str(ROOT / "training" / "train_vsdm.py"), *flags]
-    outcome = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    outcome = run_python([SCRIPT, *flags], tmp_path, environment)
     assert outcome.returncode == 1 and "Traceback" not in outcome.stderr
     assert {None: "Invalid username", "token-bob": "rights", "nonsense": "Invalid user token"}[token] in outcome.stderr
     assert not list((tmp_path / "model").iterdir())
@@ -303,7 +294,5 @@ def test_a_damaged_file_is_named(hub, client, trained, tmp_path):
     content[-9] ^= 1  # a last digit of lambda's neighbours, the length stays
     stored.write_bytes(bytes(content))
     code = "from diffusers_vsdm import VSDMPipeline; VSDMPipeline.from_pretrained('alice/damaged')"
-    outcome = subprocess.run(
-        [sys.executable, "-c", code], env=hub.environment(tmp_path / "home"), cwd=tmp_path, capture_output=True
-    )
-    assert outcome.returncode and b"drift_sha256 differs" in outcome.stderr
+    outcome = run_python(["-c", code], tmp_path, hub.environment(tmp_path / "home"))
+    assert outcome.returncode and "drift_sha256 differs" in outcome.stderr

@@ -17,6 +17,8 @@ from diffusers_vsdm import MLPModel, VSDMPipeline
 from diffusers_vsdm.trainer import TrainingConfig, algorithm, loop, setup, train
 from diffusers_vsdm.trainer.report import evaluate, write_report
 
+from .processes import run_python
+
 
 SCRIPT = Path(__file__).parents[1] / "training" / "train_vsdm.py"
 TINY = {
@@ -298,10 +300,10 @@ def test_the_likelihood_is_in_the_card_and_measured_again_by_the_command_line(la
     assert f"| {told['nll']:.3f} ± {told['nll_standard_error']:.3f} |" in card
     assert f"prior loss | {told['prior_loss']:.3f} ±" in card and f"matching | {told['drift_matching']:.3f} ±" in card
     assert told["bound"] == pytest.approx(told["prior_loss"] + told["drift_matching"] + told["reconstruction"])
-    command = [sys.executable, str(SCRIPT.with_name("evaluate.py")), "--likelihood", "--dataset_name=spiral-8y"]
+    command = [SCRIPT.with_name("evaluate.py"), "--likelihood", "--dataset_name=spiral-8y"]
     command += [f"--pretrained_model_name_or_path={launched}", f"--num_samples={told['num_samples']}"]
     command += [f"--output_dir={tmp_path}"]
-    outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    outcome = run_python(command)
     assert outcome.returncode == 0, outcome.stderr
     again = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert again["nll"] == pytest.approx(told["nll"], rel=1e-5)  # the same points
@@ -337,6 +339,5 @@ def test_wandb_gets_the_same(tmp_path, monkeypatch):
 
 
 def test_the_command_line_refuses_politely(launched):
-    command = [sys.executable, str(SCRIPT), f"--output_dir={launched}"]
-    outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    outcome = run_python([SCRIPT, f"--output_dir={launched}"])
     assert outcome.returncode == 1 and "--overwrite_output_dir" in outcome.stderr and "Traceback" not in outcome.stderr

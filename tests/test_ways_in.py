@@ -1,8 +1,6 @@
 """Every way of loading a saved model gives the same samples, to the bit, in a process that knows nothing."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from diffusers import DiffusionPipeline
 from diffusers_vsdm import VSDMPipeline, VSDMScheduler
 from diffusers_vsdm.hub.remote_code import FILE_NAME, write_remote_code
 
+from .processes import run_python
 from .test_pipeline import generator, images, vectors
 
 
@@ -22,6 +21,7 @@ import numpy, torch
 samples = pipeline(7, torch.Generator().manual_seed(0), num_inference_steps=5, output_type="np").samples
 numpy.save("samples.npy", samples)
 """
+NOTHING_KNOWN = "import sys\nassert not {'diffusers', 'diffusers_vsdm', 'huggingface_hub'} & sys.modules.keys()\n"
 WAYS = {
     "VSDMPipeline": "from diffusers_vsdm import VSDMPipeline\npipeline = VSDMPipeline.from_pretrained('model')",
     "DiffusionPipeline": (
@@ -59,8 +59,7 @@ def saved(tmp_path_factory):
 def test_fresh_processes_sample_the_same_bits(saved, way):
     folder, expected = saved
     environment = os.environ | {"HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WAYS[way] + SAMPLE]
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=60)
+    run_python(["-c", NOTHING_KNOWN + WAYS[way] + SAMPLE], folder, environment).check_returncode()
     assert np.array_equal(np.load(folder / "samples.npy"), expected)
     (folder / "samples.npy").unlink()
 

@@ -1,7 +1,8 @@
 """Studies on the two-dimensional toys.
 
     python -m benchmarks.toys table4           # the VSDM paper's setting: raw axes, zeta 0.75
-    python -m benchmarks.toys simulation       # the same with twice the steps in each simulated trajectory
+    python -m benchmarks.toys convergence      # the same, with steps counted by changes of sign
+    python -m benchmarks.toys simulation       # twice the steps in each simulated trajectory
     python -m benchmarks.toys turned           # axes that are not those of the coordinates
     python -m benchmarks.toys budget           # how many stages
     python -m benchmarks.toys default          # the README's command, in few steps
@@ -38,6 +39,8 @@ METHODS = {
     "VSDM-10": {"beta_max": 10.0},
     "VSDM-20": {"beta_max": 20.0},
 }
+# full steps, smaller after each change of sign
+SIGN_CHANGES = {"sa_step_count": "sign_changes", "sa_step_scale": 1.0, "sa_step_offset": 0.0}
 STANDARDIZED = {"standardize": True, "prior_type": "marginal"}
 CHANGES: tuple[dict[str, Any], ...] = (
     {},
@@ -59,6 +62,11 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
             "checkerboard-6x": METHODS,
         }.items()
         for method, settings in methods.items()
+    },
+    "convergence": {
+        f"{toy} {method}": PAPER | METHODS[method] | {"dataset_name": toy} | SIGN_CHANGES
+        for toy in ("spiral-8y", "checkerboard-6x")
+        for method in ("VSDM-10", "VSDM-20")
     },
     "simulation": {
         f"{name} VSDM-10, 100 steps": PAPER

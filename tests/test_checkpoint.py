@@ -54,7 +54,7 @@ def assert_same(a, b):
         {},
         {"use_ema": False, "gradient_accumulation_steps": 2},
         {"mixed_precision": "bf16", "lr_scheduler": "constant_with_warmup"},
-        {"basis": "dense"},
+        {"basis": "dense", "sa_step_count": "sign_changes"},
         {"lambda_varies": True, "zeta": 1.0},
         {"time_sampling": "log_snr"},
     ],

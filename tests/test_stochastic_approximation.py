@@ -61,21 +61,45 @@ def test_moments_are_those_of_the_simulated_chain(lam):
     assert z.abs().max() < 4, z
 
 
-@pytest.mark.parametrize("zeta", [0.8, 0.9])
-def test_converges_to_the_root_of_its_mean_field(zeta):
-    """Robbins-Monro with the exact score, against bisection on the exact moments."""
-    drift = AdaptiveDiagonalDrift((2,))
-    approximation = StochasticApproximation(drift, G, zeta=zeta, num_trajectories=1000)
+def root_of_the_mean_field(zeta):
+    """The lambda at which the exact moments balance, by bisection."""
     low, high = torch.full((2,), 0.02).double(), torch.full((2,), 20.0).double()
     root = AdaptiveDiagonalDrift((2,))
+    approximation = StochasticApproximation(root, G)
     for _ in range(60):
         root.set_lambda((low * high).sqrt())
         below = exact_moments(approximation, root)[0] + zeta > 0  # lambda still rises
         low, high = torch.where(below, root.lam, low), torch.where(below, high, root.lam)
+    return root.lam
+
+
+@pytest.mark.parametrize("step_count", ["stages", "sign_changes"])
+@pytest.mark.parametrize("zeta", [0.8, 0.9])
+def test_converges_to_the_root_of_its_mean_field(zeta, step_count):
+    """Robbins-Monro with the exact score."""
+    drift = AdaptiveDiagonalDrift((2,))
+    approximation = StochasticApproximation(drift, G, zeta=zeta, step_count=step_count, num_trajectories=1000)
     for _ in range(120):
         approximation.update(exact_score(drift))
-    np.testing.assert_allclose(drift.average("polyak"), root.lam, rtol=0.05)
+    np.testing.assert_allclose(drift.average("polyak"), root_of_the_mean_field(zeta), rtol=0.05)
     assert drift.lam[1] > 1.2 * drift.lam[0]  # the wide axis is driven harder
+
+
+def test_a_far_limit_is_reached_sooner_by_sign_changes():
+    """The narrow axis responds little to its lambda, and is the one with a long way."""
+    root, errors = root_of_the_mean_field(0.75), {}
+    for step_count in ("stages", "sign_changes"):
+        found = []
+        for seed in range(4):
+            drift = AdaptiveDiagonalDrift((2,))
+            drift.set_lambda(4.0)
+            settings = {"step_scale": 1.0, "step_offset": 0.0, "step_count": step_count, "seed": seed}
+            approximation = StochasticApproximation(drift, G, num_trajectories=500, **settings)
+            for _ in range(20):
+                approximation.update(exact_score(drift))
+            found.append(drift.average())
+        errors[step_count] = torch.stack(found).mean(0) / root - 1
+    assert errors["sign_changes"].abs().max() < 0.15 and errors["stages"][0] > 0.5
 
 
 def test_inner_product_convention_uses_its_own_gradient():
@@ -100,17 +124,22 @@ def test_conventions_agree_at_zeta_one():
     torch.testing.assert_close(*outputs)
 
 
-def test_steps_obey_a5_and_the_clip():
+@pytest.mark.parametrize("step_count", ["stages", "sign_changes"])
+def test_steps_obey_a5_and_the_clip(step_count):
     drift = AdaptiveDiagonalDrift((2,))
-    approximation = StochasticApproximation(
-        drift, G, num_trajectories=4, step_scale=2.0, step_offset=5.0, step_power=0.8, clip=0.01
-    )
-    for k in range(1, 4):
+    settings = {"step_scale": 2.0, "step_offset": 5.0, "step_power": 0.8, "clip": 0.01, "step_count": step_count}
+    approximation = StochasticApproximation(drift, G, num_trajectories=4, **settings)
+    signs = []
+    for k in range(1, 20):
         before = drift.lam.clone()
         output = approximation.update(exact_score(drift))
-        assert output.step_size == pytest.approx(2.0 / (k**0.8 + 5.0))
+        signs.append(output.gradient.sign())
+        changes = sum((a != b for a, b in zip(signs, signs[1:], strict=False)), torch.zeros(2))
+        expected = 2.0 / ((k if step_count == "stages" else 1 + changes) ** 0.8 + 5.0)
+        torch.testing.assert_close(torch.as_tensor(output.step_size).expand(2).float(), expected + torch.zeros(2))
         assert output.gradient.abs().max() <= 0.01
         torch.testing.assert_close(drift.lam, before * torch.exp(output.step_size * output.gradient))
+    assert changes.min() > 0 and changes[0] != changes[1]
 
 
 @pytest.mark.parametrize("factor", [float("nan"), 1e20])
@@ -191,6 +220,7 @@ def test_simulation_starts_from_its_prior(prior):
         {"num_steps": 101},
         {"step_power": 0.5},
         {"step_scale": -1.0},
+        {"step_count": "steps"},
         {"clip": 0.0},
     ],
 )

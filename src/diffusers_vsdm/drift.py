@@ -202,20 +202,22 @@ class AdaptiveDiagonalDrift(Statistics):
         for buffer in (self.lam_polyak, self.lam_ema):
             buffer.copy_(self._averaged())
 
-    def step(self, direction: Tensor, step_size: float) -> None:
+    def step(self, direction: Tensor, step_size: float | Tensor) -> None:
         r"""One update, $\log \lambda \mathrel{+}= \eta \, d$ with $d$ the `direction`, then both averages.
 
-        A step on the logarithm is free of scale and keeps $\lambda$ positive. Where the axes turn the direction is a
-        symmetric matrix along the axes, and the step $D \leftarrow D^{1/2} e^{\eta d} D^{1/2}$, diagonalised again.
+        A step on the logarithm is free of scale and keeps $\lambda$ positive; each may have a size of its own. Where the
+        axes turn the direction is a symmetric matrix along the axes, with one size, and the step
+        $D \leftarrow D^{1/2} e^{\eta d} D^{1/2}$, diagonalised again.
 
         Raises:
             ValueError: Some $\lambda$ is 0, which no such step leaves; or an argument is not finite.
         """
         self._check_update("direction", direction)
         self.check_can_step()
-        if not math.isfinite(step_size):
+        size = torch.as_tensor(step_size, dtype=self.lam.dtype, device=self.lam.device)
+        if not torch.isfinite(size).all():
             raise ValueError(f"`step_size` must be finite, got {step_size}.")
-        change = step_size * direction.detach().to(self.lam)
+        change = size * direction.detach().to(self.lam)
         if self.turns:
             root = self.lam.sqrt()
             self.move_to(root[:, None] * torch.linalg.matrix_exp(change) * root)

@@ -12,6 +12,10 @@ automatic differentiation. At the $A$ that the trajectories were simulated with,
 All of it in the coordinates of the drift's basis. Averaged over time with weight $\beta \, dt = dg$, the step is
 $\log \lambda \mathrel{+}= \eta_k \cdot$ gradient: descending in $A$ is ascending in $\lambda = 1 - 2A$, or in
 $\lambda = -2A$ over a variance-exploding reference. The step sizes are $\eta_k = a / (k^\alpha + b)$ (assumption A5).
+`step_count="stages"` counts k in stages. The response of the moment to $\lambda$ differs tenfold between the axes of
+the paper's toys, so that one sequence of steps is too long for one axis and too short for another.
+`step_count="sign_changes"` counts for each $\lambda$ how often its gradient has changed its sign: steps keep their size
+as long as they lead somewhere (Kesten; Delyon and Juditsky).
 Where the drift's axes are learned (`basis="dense"`) the moments are matrices and the gradient is the symmetric part of
 theirs.
 
@@ -32,6 +36,8 @@ prior; at $\zeta < 1$ they stop nowhere.
 References:
     Deng et al. (2024), "Variational Schrödinger Diffusion Models", sections 4.1, 4.3 and 5.
     De Bortoli et al. (2021), "Diffusion Schrödinger Bridge with Applications to Score-Based Generative Modeling": IPF.
+    Kesten (1958), "Accelerated Stochastic Approximation", The Annals of Mathematical Statistics.
+    Delyon, Juditsky (1993), "Accelerated Stochastic Approximation", SIAM Journal on Optimization.
 """
 
 import functools
@@ -50,6 +56,7 @@ from .drift import AdaptiveDiagonalDrift
 
 GRADIENTS = ("divergence", "inner_product")
 UPDATES = ("gradient", "ipf")
+STEP_COUNTS = ("stages", "sign_changes")
 # what a posterior step may cover: with longer ones the simulated moments drift
 STEPS_PER_G = 13.25
 SIMULATION_PRIORS = ("standard", "conditional", "marginal")
@@ -69,7 +76,7 @@ class StageOutput:
             time, $E[\mathrm{score}_i x_i]$ at each time.
         x_x: The same of $E[x_i^2]$.
         gradient: The clipped gradient.
-        step_size: $\eta_k$; 1 for IPF.
+        step_size: $\eta_k$, one or in the shape of $\lambda$; 1 for IPF, and 0 if skipped.
         skipped: Whether the moments were not finite, so that $\lambda$ stayed as it was.
     """
 
@@ -77,7 +84,7 @@ class StageOutput:
     score_x: Tensor
     x_x: Tensor
     gradient: Tensor
-    step_size: float
+    step_size: float | Tensor
     skipped: bool
 
 
@@ -106,6 +113,8 @@ class StochasticApproximation:
             reference is variance-exploding; N, and no less, where $\lambda$ varies in time.
         batch_size (`int`, *optional*): Trajectories simulated at once. Defaults to all of them.
         step_scale, step_offset, step_power (`float`): $a$, $b$ and $\alpha$ of $\eta_k = a / (k^\alpha + b)$.
+        step_count (`str`, defaults to `"stages"`): What k counts from 1: `"stages"`, or `"sign_changes"` of each
+            gradient; where the axes turn, the times that the whole one has turned by more than a right angle.
         clip (`float`, defaults to 1.0): The gradient is clipped to [-clip, clip] in each entry, or in each eigenvalue
             where the axes turn.
         seed (`int`, defaults to 0): Seed of the trajectories' noise.
@@ -113,6 +122,8 @@ class StochasticApproximation:
     Attributes:
         num_stages: Calls of [`update`] so far, skipped ones included.
         num_skipped: Stages whose moments were not finite.
+        sign_changes: Of each gradient, in the shape of $\lambda$, or of the whole one where the axes turn.
+        last_gradient: That of the last stage, in the samples' coordinates where the axes turn; 0 before the first.
     """
 
     def __init__(
@@ -131,6 +142,7 @@ class StochasticApproximation:
         step_scale: float = 3.0,
         step_offset: float = 3.0,
         step_power: float = 0.6,
+        step_count: str = "stages",
         clip: float = 1.0,
         seed: int = 0,
     ):
@@ -159,6 +171,7 @@ class StochasticApproximation:
             "step_scale": (step_scale, step_scale > 0, "positive"),
             "step_offset": (step_offset, step_offset >= 0, "not negative"),
             "step_power": (step_power, 0.5 < step_power <= 1, "in (0.5, 1] (assumption A5)"),
+            "step_count": (step_count, step_count in STEP_COUNTS, f"one of {STEP_COUNTS}"),
             "clip": (clip, clip > 0, "positive"),
         }
         for name, (value, is_valid, remedy) in checks.items():
@@ -173,19 +186,22 @@ class StochasticApproximation:
         self.num_trajectories = num_trajectories
         self.batch_size = batch_size or num_trajectories
         self.step_scale, self.step_offset, self.step_power = step_scale, step_offset, step_power
+        self.step_count = step_count
         self.clip = clip
         self.seed = seed
         self.num_stages = 0
         self.num_skipped = 0
+        self.last_gradient = torch.zeros_like(drift.lam_polyak)
+        self.sign_changes = torch.zeros(() if drift.turns else drift.lam.shape, dtype=torch.int64)
         # training times N-1 .. first, and the g that each step goes down to
         self.timesteps = np.linspace(len(g) - 1, -1, num_steps + 1).round().astype(int)[:-1].tolist()
         self.g = g[self.timesteps]
         self.g_next = torch.cat([self.g[1:], g.new_zeros(1)])
         self.weights = ((self.g - self.g_next) / self.g[0]).tolist()
 
-    def step_size(self, stage: int) -> float:
-        r"""$\eta_k$ of the `stage`-th update, counted from 1."""
-        return self.step_scale / (stage**self.step_power + self.step_offset)
+    def step_size(self, count: int | Tensor) -> float | Tensor:
+        r"""$\eta_k$ at k = `count`, from 1."""
+        return self.step_scale / (count**self.step_power + self.step_offset)
 
     @torch.no_grad()
     def update(
@@ -244,7 +260,7 @@ class StochasticApproximation:
         if data is not None and not skipped:
             score_x = self._calibrated(score_x, moments[2])
         gradient = torch.zeros_like(score_x) if skipped else self._gradient(score_x, x_x)
-        eta = 1.0 if is_ipf else self.step_size(int(drift.num_updates) + 1)
+        eta: float | Tensor = 0.0 if skipped else 1.0
         if skipped:
             self.num_skipped += 1
             warnings.warn(
@@ -257,6 +273,9 @@ class StochasticApproximation:
         elif is_ipf:
             drift.move_to(self._minimizer(score_x, x_x))
         else:
+            self._count(gradient)
+            stages = int(drift.num_updates) + 1
+            eta = self.step_size(stages if self.step_count == "stages" else self.sign_changes + 1)
             drift.step(gradient, eta)
         return StageOutput(drift.lam.clone(), score_x, x_x, gradient, eta, skipped)
 
@@ -274,6 +293,15 @@ class StochasticApproximation:
             return gradient.clamp(-self.clip, self.clip)
         values, vectors = torch.linalg.eigh((gradient + gradient.T) / 2)
         return (vectors * values.clamp(-self.clip, self.clip)) @ vectors.T
+
+    def _count(self, gradient: Tensor) -> None:
+        """The gradient's changes of sign; where the axes turn it is seen along those of the samples."""
+        turns = self.drift.turns
+        if turns:
+            gradient = self.drift.rotation.T @ gradient @ self.drift.rotation
+        agreement = gradient * self.last_gradient
+        self.sign_changes = self.sign_changes + ((agreement.sum() if turns else agreement) < 0)
+        self.last_gradient = gradient
 
     def _minimizer(self, score_x: Tensor, x_x: Tensor) -> Tensor:
         """The lambda at which the loss is least at zeta = 1; where the axes turn D, by Lyapunov's equation."""

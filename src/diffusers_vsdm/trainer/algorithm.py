@@ -38,6 +38,7 @@ SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEG
 FUSED = ("cpu", "cuda", "xpu")  # where AdamW is one kernel
 # of the weights that stages simulate with: the raw ones double the noise of the moments, slower ones lag behind lambda
 STAGE_EMA_DECAY = 0.99
+STAGE_TENSORS = ("sign_changes", "last_gradient")  # of stochastic approximation, in a checkpoint
 
 
 @dataclass
@@ -198,6 +199,7 @@ class BaseTrainer(ABC):
             step_scale=config.sa_step_scale,
             step_offset=config.sa_step_offset,
             step_power=config.sa_step_power,
+            step_count=config.sa_step_count,
             seed=config.seed,
         )
         self.generator = torch.Generator(self.accelerator.device)
@@ -461,6 +463,8 @@ class BaseTrainer(ABC):
             self.ema.load_state_dict(numbers["ema"] | {"shadow_params": shadow})
         self.lambdas = list(tensors["lambdas"])
         self.losses = list(tensors["losses"].to(self.accelerator.device))
+        for name in STAGE_TENSORS:
+            setattr(self.approximation, name, tensors[name])
         self.approximation.num_stages = numbers["num_stages"]
         self.approximation.num_skipped = numbers["num_skipped"]
         self.step, self.seconds, self.sa_seconds = numbers["step"], numbers["seconds"], numbers["sa_seconds"]
@@ -473,6 +477,7 @@ class BaseTrainer(ABC):
         if self.ema is not None:
             tensors |= {f"ema.{i}": tensor for i, tensor in enumerate(self.ema.shadow_params)}
         tensors |= {"lambdas": torch.stack(self.lambdas), "losses": torch.stack(self.losses)}
+        tensors |= {name: getattr(self.approximation, name) for name in STAGE_TENSORS}
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def _numbers(self) -> dict[str, Any]:

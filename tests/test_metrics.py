@@ -102,6 +102,7 @@ def test_energy_of_a_detour():
 def test_energy_sees_the_clock():
     uneven = paths(lambda t, x: x + t**2 * torch.tensor([1.0, 0.0]).double(), 2001)
     assert path_energy(uneven, 1 / 2000) == pytest.approx(4 / 3, rel=1e-3)
+    assert path_energy(uneven) == pytest.approx(1) and normalized_path_energy(uneven) < 1e-9
     with pytest.raises(ValueError, match="step"):
         path_energy(uneven, 0.0)
 

@@ -2,7 +2,6 @@ r"""The learned linear drift of the forward process: $D = I - 2A = \mathrm{diag}
 
 import hashlib
 import json
-import math
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -205,8 +204,8 @@ class AdaptiveDiagonalDrift(Statistics):
     def step(self, direction: Tensor, step_size: float | Tensor) -> None:
         r"""One update, $\log \lambda \mathrel{+}= \eta \, d$ with $d$ the `direction`, then both averages.
 
-        A step on the logarithm is free of scale and keeps $\lambda$ positive; each may have a size of its own. Where the
-        axes turn the direction is a symmetric matrix along the axes, with one size, and the step
+        A step on the logarithm is free of scale and keeps $\lambda$ positive; each may have a size of its own. Where
+        the axes turn the direction is a symmetric matrix along the axes, with one size, and the step
         $D \leftarrow D^{1/2} e^{\eta d} D^{1/2}$, diagonalised again.
 
         Raises:

@@ -34,24 +34,27 @@ def straightness(trajectory: Tensor, step: float) -> Tensor:
     return torch.diff(trajectory.cpu().double(), n=2, dim=0).abs().mean((0, 1)) / step**2
 
 
-def path_energy(trajectory: Tensor, step: float) -> float:
+def path_energy(trajectory: Tensor, step: float | None = None) -> float:
     r"""$\int_0^1 E|dx/dt|^2 dt$ along paths: at least the squared 2-Wasserstein distance between their ends.
 
     Args:
         trajectory (`Tensor`): `(num_times, num_paths, *event_shape)`: paths on a uniform grid of two times or more.
-        step (`float`): Spacing of the grid in units of t in [0, 1].
+        step (`float`, *optional*): Spacing of the grid in units of t in [0, 1]. By default every path is passed at a
+            constant speed of its own, on any grid: the mean square of their lengths, which is the least that they can
+            have in any clock, and so compares processes with clocks of their own.
     """
     if trajectory.ndim < 3 or len(trajectory) < 2:
         raise ValueError(
             f"`trajectory` must have shape (num_times >= 2, num_paths, *event_shape), got {tuple(trajectory.shape)}."
         )
-    if not step > 0:
+    if step is not None and not step > 0:
         raise ValueError(f"`step` must be positive, got {step}.")
-    moves = torch.diff(trajectory.cpu().double(), dim=0).flatten(2)
-    return float(moves.square().sum(2).mean(1).sum() / step)
+    lengths = torch.diff(trajectory.cpu().double(), dim=0).flatten(2).norm(dim=2)
+    energies = lengths.sum(0).square() if step is None else lengths.square().sum(0) / step
+    return float(energies.mean())
 
 
-def normalized_path_energy(trajectory: Tensor, step: float) -> float:
+def normalized_path_energy(trajectory: Tensor, step: float | None = None) -> float:
     r"""$|E - W_2^2| / W_2^2$ with E the [`path_energy`] and $W_2$ between both ends of the paths.
 
     0 where the paths are an optimal transport at constant speed (Tong et al. 2024). Arguments as there.

@@ -11,7 +11,7 @@ from ..data import sample_toy
 from ..files import write_atomically
 from ..hub.cards import render_card
 from ..hub.remote_code import write_remote_code
-from ..metrics.transport import wasserstein2
+from ..metrics.transport import normalized_path_energy, wasserstein2
 from ..pipelines import BridgePipeline
 from ..schedulers import VSDMScheduler
 from .bridge import BridgeConfig, BridgeResult
@@ -28,8 +28,9 @@ def evaluate_bridge(config: BridgeConfig, pipeline: BridgePipeline) -> tuple[dic
     Returns:
         `w2_sde` of the backward SDE over all training times, `w2_ode` of the probability flow in at most 99 network
         calls, `w2_forward` of the other end, each with the `..._floor` of two samples of the truth; `control_energy`,
-        $\frac12 \int E |z_f|^2 dg$. W2 is on standardised axes, but between two data sets in their units. And the
-        paths of the SDE, from the prior, `(num_times, n, d)`.
+        $\frac12 \int E |z_f|^2 dg$; `path_energy` of the flow, normalised, at constant speed. W2 is on
+        standardised axes, but between two data sets in their units. And the paths of the SDE, from the prior,
+        `(num_times, n, d)`.
     """
     n, standardize = config.num_eval_samples, not config.prior_dataset_name
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
@@ -58,9 +59,9 @@ def evaluate_bridge(config: BridgeConfig, pipeline: BridgePipeline) -> tuple[dic
         pipeline.unet, scheduler, pipeline.normalizer, pipeline.forward_unet, prior=pipeline.config["prior"]
     )
     flow.set_progress_bar_config(disable=True)
-    (by_flow,) = flow(
-        n, generator, min(FLOW_STEPS, len(scheduler)), latents=start, output_type="pt", return_dict=False
-    )
+    steps = min(FLOW_STEPS, len(scheduler))
+    options: dict[str, Any] = {"output_type": "pt", "return_dict": False, "return_trajectory": True}
+    by_flow, flow_paths = flow(n, generator, steps, latents=start, **options)
     energy = 0.5 * (torch.diff(process.g) @ controls.double().square().flatten(2).sum(2).mean(1))
     return {
         "w2_sde": w2(paths[-1], data),
@@ -69,6 +70,7 @@ def evaluate_bridge(config: BridgeConfig, pipeline: BridgePipeline) -> tuple[dic
         "w2_forward": w2(forward[-1], start),
         "w2_forward_floor": w2(prior(), start),
         "control_energy": float(energy),
+        "path_energy": normalized_path_energy(flow_paths),
         "num_samples": n,
     }, paths
 

@@ -155,7 +155,7 @@ class RunConfig:
     sa_step_scale: float = setting(3.0, "a of the step size a / (k^alpha + b).")
     sa_step_offset: float = setting(3.0, "b of the step size.")
     sa_step_power: float = setting(0.6, "alpha of the step size, in (0.5, 1].")
-    sa_step_count: str = setting("stages", "What k counts: stages, or for each lambda the sign changes of its gradient.", STEP_COUNTS)
+    sa_step_count: str = setting("stages", "What k counts: stages, or changes of sign of each gradient.", STEP_COUNTS)
     sa_average: str = setting("polyak", "Average of the iterates that lambda is frozen at.", AVERAGES)
     frozen_fraction: float = setting(0.2, "Share of the steps, at the end, with lambda frozen at its average.")
 

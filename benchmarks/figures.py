@@ -1,8 +1,9 @@
 """Draw the figures of the docs from the records in `benchmarks/results/` and the models of `benchmarks.toys table4`.
 
-python -m benchmarks.figures
+python -m benchmarks.figures [frontier lambda generation few_steps bridges_time]
 """
 
+import argparse
 import json
 from itertools import cycle
 from typing import Any
@@ -165,8 +166,37 @@ def draw_frontier() -> None:
     save(figure, "frontier.png")
 
 
+def draw_bridges_time() -> None:
+    """W2 on spiral-8y against the seconds of training, by the number of gradient steps."""
+    figure, axes = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
+    problem = "spiral-8y, "
+    record = by_name(json.loads((RESULTS / "bridges_toys.json").read_text()))
+    for method in ("VSDM, beta_max 10", "SB-FBSDE, matching", "SB-FBSDE, alternating"):
+        runs = [run for name, runs in record.items() if name.startswith(problem + method) for run in runs]
+        axes.plot(*zip(*sorted((run["seconds"], run["w2_sde"]) for run in runs), strict=True), "o-", label=method)
+    (floor,) = {run["w2_floor"] for name, runs in record.items() if name.startswith(problem) for run in runs}
+    axes.axhline(floor, color="gray", linestyle=":", label="two samples of the data")
+    axes.set(xscale="log", xlabel="seconds of training", ylabel="W2, SDE", ylim=(0, None))
+    axes.legend(fontsize="small")
+    save(figure, "bridges_time.png")
+
+
+DRAWINGS = {
+    "frontier": draw_frontier,
+    "lambda": draw_lambda,
+    "generation": draw_generation,
+    "few_steps": draw_few_steps,
+    "bridges_time": draw_bridges_time,
+}
+
+
+def main() -> None:
+    """Draw those that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=DRAWINGS)
+    for name in parser.parse_args().names or DRAWINGS:
+        DRAWINGS[name]()
+
+
 if __name__ == "__main__":
-    draw_frontier()
-    draw_lambda()
-    draw_generation()
-    draw_few_steps()
+    main()

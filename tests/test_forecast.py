@@ -622,7 +622,7 @@ def test_a_stock_scheduler_is_refused():
 @pytest.mark.parametrize("encoder_type", ENCODERS)
 def test_a_model_in_training_mode_forecasts_as_in_evaluation(encoder_type):
     """As new modules are, and those that come out of a loop."""
-    pipe = small(encoder_type=encoder_type, encoder_dropout=0.5)
+    pipe = small(encoder_type=encoder_type, encoder_dropout=0.5, input_dropout=0.5)
     expected = quick(pipe, series(20)).samples
     pipe.model.train()
     again = VSDMForecastPipeline(pipe.model, pipe.scheduler)

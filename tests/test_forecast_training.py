@@ -339,6 +339,7 @@ def test_runs_of_other_clocks(freq):
         ({"basis": "dct"}, "`basis` 'dct'"),
         ({"lambda_per": "channel"}, "`lambda_per`"),
         ({"encoder_dropout": 1.0}, "`encoder_dropout`"),
+        ({"input_dropout": -0.1}, "`input_dropout`"),
         ({"scaling": "most"}, "`scaling`.*'most'"),
         ({"encoder_type": "gru"}, "`encoder_type`.*'gru'"),
         ({"denoiser_type": "mlp"}, "`denoiser_type`.*'mlp'"),

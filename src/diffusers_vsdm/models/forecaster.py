@@ -16,7 +16,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from torch import Tensor
+from torch import Tensor, nn
 
 from .denoisers import DENOISERS, DenoiserSizes
 from .encoders import ENCODERS
@@ -45,6 +45,7 @@ class ForecastModel(ModelMixin, ConfigMixin):
         encoder_type (`str`, defaults to `"lstm"`): Key of [`ENCODERS`]: `"lstm"` or `"transformer"`.
         encoder_layers, encoder_width (`int`, defaults to 2 and 64): Its size.
         encoder_dropout (`float`, defaults to 0.1): Its dropout.
+        input_dropout (`float`, defaults to 0): Dropout of what it reads, against learning many series by heart.
         denoiser_type (`str`, defaults to `"wavenet"`): Key of [`DENOISERS`]: `"wavenet"` or `"unet"`.
         denoiser_layers, denoiser_channels, denoiser_width (`int`, defaults to 8, 8 and 64): Its size.
 
@@ -73,6 +74,7 @@ class ForecastModel(ModelMixin, ConfigMixin):
         encoder_layers: int = 2,
         encoder_width: int = 64,
         encoder_dropout: float = 0.1,
+        input_dropout: float = 0.0,
         denoiser_type: str = "wavenet",
         denoiser_layers: int = 8,
         denoiser_channels: int = 8,
@@ -101,6 +103,7 @@ class ForecastModel(ModelMixin, ConfigMixin):
         inputs = num_series * self.num_known + num_series + num_time_features
         length = context_length + prediction_length
         self.encoder = ENCODERS[encoder_type](inputs, encoder_width, encoder_layers, encoder_dropout, length)
+        self.dropout = nn.Dropout(input_dropout)
         sizes = DenoiserSizes(
             num_series,
             encoder_width,
@@ -161,5 +164,5 @@ class ForecastModel(ModelMixin, ConfigMixin):
 
         Also returns the new state. A condition is a hidden vector and the lagged values.
         """
-        hidden, state = self.encoder(inputs, state)
+        hidden, state = self.encoder(self.dropout(inputs), state)
         return torch.cat([hidden, inputs[..., : self.num_known * self.config["num_series"]]], dim=-1), state

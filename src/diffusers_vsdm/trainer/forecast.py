@@ -28,7 +28,7 @@ from .config import RunConfig, setting
 
 MOMENT_WINDOWS = 2000  # whose values the moments and scales are of
 MODEL_SETTINGS = (
-    *("encoder_type", "encoder_layers", "encoder_width", "encoder_dropout"),
+    *("encoder_type", "encoder_layers", "encoder_width", "encoder_dropout", "input_dropout"),
     *("denoiser_type", "denoiser_layers", "denoiser_channels", "denoiser_width"),
 )
 EVALUATION_STEPS, EVALUATION_SEED = 20, 2024
@@ -74,6 +74,7 @@ class ForecastConfig(RunConfig):
     encoder_layers: int = setting(2, "Its layers.")
     encoder_width: int = setting(64, "Its width.")
     encoder_dropout: float = setting(0.1, "Its dropout.")
+    input_dropout: float = setting(0.0, "Dropout of what it reads.")
     denoiser_type: str = setting("wavenet", "Network over the series.", DENOISERS)
     denoiser_layers: int = setting(8, "Its layers.")
     denoiser_channels: int = setting(8, "Its channels.")
@@ -106,8 +107,9 @@ class ForecastConfig(RunConfig):
             raise ValueError("`validation_steps` needs windows to look at: give `num_validation_windows`.")
         if self.basis == "dct" or self.lambda_per == "channel":
             raise ValueError("`basis` 'dct' and `lambda_per` 'channel' are for images, not for series.")
-        if not 0 <= self.encoder_dropout < 1:
-            raise ValueError(f"`encoder_dropout` must lie in [0, 1), got {self.encoder_dropout}.")
+        for name in ("encoder_dropout", "input_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
 
 
 class WindowDataset(Dataset):

@@ -1,7 +1,7 @@
 """Studies on the two-dimensional toys.
 
     python -m benchmarks.toys table4           # the VSDM paper's setting: raw axes, zeta 0.75
-    python -m benchmarks.toys convergence      # the same, with steps counted by changes of sign
+    python -m benchmarks.toys convergence      # the same in twenty stages, their steps by changes of sign
     python -m benchmarks.toys simulation       # twice the steps in each simulated trajectory
     python -m benchmarks.toys turned           # axes that are not those of the coordinates
     python -m benchmarks.toys budget           # how many stages
@@ -39,8 +39,8 @@ METHODS = {
     "VSDM-10": {"beta_max": 10.0},
     "VSDM-20": {"beta_max": 20.0},
 }
-# full steps, smaller after each change of sign
-SIGN_CHANGES = {"sa_step_count": "sign_changes", "sa_step_scale": 1.0, "sa_step_offset": 0.0}
+# twenty stages, and full steps that shrink with each change of sign
+SIGN_CHANGES = {"sa_stages": 20, "sa_step_count": "sign_changes", "sa_step_scale": 1.0, "sa_step_offset": 0.0}
 STANDARDIZED = {"standardize": True, "prior_type": "marginal"}
 CHANGES: tuple[dict[str, Any], ...] = (
     {},

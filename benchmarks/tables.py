@@ -112,23 +112,36 @@ def rank_solvers(record: dict[str, Any]) -> dict[str, Any]:
     return {"runs": [{"name": n, "metrics": {c: math.exp(x) for c, x in means[n].items()}} for n in rows]}
 
 
-def convergence(record: dict[str, Any]) -> dict[str, Any]:
-    """How far the averaged lambda is from its limit, the mean of all seeds over the second half of the stages."""
-    rows = []
-    for name, runs in by_name(record).items():
-        paths = [run["lambda_beta_max_per_stage"] for run in runs]
-        if len(paths[0]) < 2:
-            continue
-        half = len(paths[0]) // 2
-        limit = [statistics.mean(stage[i] for path in paths for stage in path[half:]) for i in range(len(paths[0][0]))]
-        for path in paths:
-            average, metrics = list(path[0]), {}
-            for k, stage in enumerate(path[1:], 1):
-                weight = (1 + AVERAGING_POWER) / (k + AVERAGING_POWER)
-                average = [old + weight * (new - old) for old, new in zip(average, stage, strict=True)]
-                metrics[str(k)] = [100 * (value / end - 1) for value, end in zip(average, limit, strict=True)]
-            rows.append({"name": name, "metrics": metrics | {"limit": limit}})
+PATH = "lambda_beta_max_per_stage"
+
+
+def limits(record: dict[str, Any]) -> dict[str, list[float]]:
+    """Where lambda goes, by configuration: the mean of all seeds over the second half of the stages."""
+    paths = {name: [run[PATH] for run in runs] for name, runs in by_name(record).items()}
+    return {
+        name: [statistics.mean(stage[i] for path in each for stage in path[len(path) // 2 :]) for i in range(2)]
+        for name, each in paths.items()
+        if len(each[0]) > 1
+    }
+
+
+def convergence(record: dict[str, Any], ends: dict[str, list[float]] | None = None) -> dict[str, Any]:
+    """How far the averaged lambda is from `ends`, by default its own limits."""
+    rows, ends = [], limits(record) if ends is None else ends
+    for run in (run for run in record["runs"] if run["name"] in ends):
+        limit, path = ends[run["name"]], run["metrics"][PATH]
+        average, metrics = list(path[0]), {"limit": limit}
+        for k, stage in enumerate(path[1:], 1):
+            weight = (1 + AVERAGING_POWER) / (k + AVERAGING_POWER)
+            average = [old + weight * (new - old) for old, new in zip(average, stage, strict=True)]
+            metrics[str(k)] = [100 * (value / end - 1) for value, end in zip(average, limit, strict=True)]
+        rows.append({"name": run["name"], "metrics": run["metrics"] | metrics})
     return {"runs": rows}
+
+
+def convergence_to_table4(record: dict[str, Any]) -> dict[str, Any]:
+    """The same, from the limits of the longer runs."""
+    return convergence(record, limits(json.loads((RESULTS / "toys_table4.json").read_text())))
 
 
 def by_data(record: dict[str, Any]) -> dict[str, Any]:
@@ -191,6 +204,12 @@ TABLES: dict[str, tuple] = {
         {"limit of lambda * beta_max, x / y": axes("limit", 1)}
         | {f"{k} stages, %": axes(str(k), 0) for k in (5, 10, 20, 40)},
         convergence,
+    ),
+    "toys_convergence_twenty": (
+        "toys_convergence.json",
+        {f"{k} stages, %": axes(str(k), 0) for k in (5, 10, 20)}
+        | {key: TOY_COLUMNS[key] for key in ("lambda * beta_max, x / y", "straightness, x / y", "W2, 99 Euler steps")},
+        convergence_to_table4,
     ),
     "methods": (
         "methods.json",

@@ -12,7 +12,7 @@ automatic differentiation. At the $A$ that the trajectories were simulated with,
 All of it in the coordinates of the drift's basis. Averaged over time with weight $\beta \, dt = dg$, the step is
 $\log \lambda \mathrel{+}= \eta_k \cdot$ gradient: descending in $A$ is ascending in $\lambda = 1 - 2A$, or in
 $\lambda = -2A$ over a variance-exploding reference. The step sizes are $\eta_k = a / (k^\alpha + b)$ (assumption A5).
-With `step_count="stages"` k counts stages. But the response of the moment to $\lambda$ differs tenfold between the
+With `step_count="stages"` k counts stages. But the moment's response to $\lambda$ differs several times between the
 axes of the paper's toys, and one sequence of steps is too long for one and too short for the other. With
 `"sign_changes"` k counts for each $\lambda$ the changes of its gradient's sign: steps keep their size as long as they
 lead somewhere (Kesten; Delyon and Juditsky).

@@ -31,7 +31,7 @@ N = 100
 TRAJECTORIES = {"exact score": 65_536, "trained score": 32_768}
 IPF = {"lambda_varies": True, "zeta": 1.0, "sa_update": "ipf", "sa_average": "last"}
 STAGES = 4
-SEEDS = {"exact score": 5, "trained score": 3, "flow": 3}
+SEEDS = {"exact score": 5, "trained score": 5, "flow": 5}
 
 
 def errors(lambdas: Tensor, rotation: Tensor, g: Tensor) -> list[float]:

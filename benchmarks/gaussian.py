@@ -31,7 +31,7 @@ N = 100
 TRAJECTORIES = {"exact score": 65_536, "trained score": 32_768}
 IPF = {"lambda_varies": True, "zeta": 1.0, "sa_update": "ipf", "sa_average": "last"}
 STAGES = 4
-SEEDS = {"exact score": 5, "trained score": 5, "flow": 5}
+SEEDS = 5
 
 
 def errors(lambdas: Tensor, rotation: Tensor, g: Tensor) -> list[float]:
@@ -158,12 +158,14 @@ def draw(paths: Tensor, of_bridge: Tensor) -> None:
     figure.savefig(ROOT / "docs" / "gaussian_bridge.png", dpi=110, metadata={"Software": None})
 
 
+STUDIES = {"exact score": exact_score, "trained score": trained_score, "flow": flow}
+
+
 def run(job: tuple[str, int]) -> dict[str, Any]:
     """One study with one seed, in a process of its own."""
     name, seed = job
     torch.set_num_threads(1)
-    study = {"exact score": exact_score, "trained score": trained_score, "flow": flow}[name]
-    result = {"name": name, "seed": seed, "metrics": study(seed)}
+    result = {"name": name, "seed": seed, "metrics": STUDIES[name](seed)}
     print(result, flush=True)
     return result
 
@@ -174,7 +176,7 @@ def main() -> None:
     parser.parse_args()
     from diffusers_vsdm.trainer.report import versions
 
-    jobs = [(name, seed) for name, seeds in SEEDS.items() for seed in range(seeds)]
+    jobs = [(name, seed) for name in STUDIES for seed in range(SEEDS)]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
         runs = pool.map(run, jobs, chunksize=1)
     record = {"command": "python -m benchmarks.gaussian", "versions": versions(), "runs": runs}

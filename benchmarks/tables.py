@@ -68,6 +68,14 @@ def axes(key: str, digits: int) -> Callable[[list[dict[str, Any]]], str]:
     return lambda runs: " / ".join(spread([run[key][i] for run in runs], digits) for i in range(len(runs[0][key])))
 
 
+def with_table4(record: dict[str, Any]) -> dict[str, Any]:
+    """Runs of some stages, between those of none and of forty."""
+    rest = json.loads((RESULTS / "toys_table4.json").read_text())["runs"]
+    known = {"spiral-8y SGM-10": "SGM", "spiral-8y VSDM-10": "40 stages"}
+    runs = [run | {"name": known[run["name"]]} for run in rest if run["name"] in known] + record["runs"]
+    return {"runs": sorted(runs, key=lambda run: 0 if run["name"] == "SGM" else int(run["name"].split()[0]))}
+
+
 def in_order(record: dict[str, Any]) -> dict[str, Any]:
     """With the runs sorted by name: several processes leave them as they finish."""
     return record | {"runs": sorted(record["runs"], key=lambda run: (run["name"], run["seed"]))}
@@ -244,6 +252,7 @@ TABLES: dict[str, tuple] = {
             "straightness, x / y": axes("straightness", 1),
             "W2, 99 Euler steps": each("w2_standardized", 3),
         },
+        with_table4,
     ),
     "toys_default": (
         "toys_default.json",

@@ -48,7 +48,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
     *({"beta_max": beta} for beta in (5.0, 7.0, 14.0, 20.0)),
     *({"weighting": name} for name in ("score", "likelihood", "min_snr")),
     {"time_sampling": "log_snr"},
-    *({"prediction_type": name} for name in ("v_prediction", "sample")),
+    *({"prediction_type": name} for name in ("v_prediction", "sample", "edm")),
     {"prior_type": "conditional"},
     {"standardize": False},
     {"standardize": False, "prior_type": "conditional"},

@@ -467,8 +467,8 @@ TABLES: dict[str, tuple] = {
         "images_table.json",
         {
             f"{name}, {run.rpartition('@')[2]} calls": each(f"{key} {run}", 1, factor)
-            for run in ("trig@6", "trig@10")
             for name, key, factor in (("FID (2,000 samples)", "fid", 1), ("KID x 1000", "kid", 1000))
+            for run in ("trig@6", "trig@10", "trig@20", "trig@35", "euler-maruyama@200")
         },
     ),
     "simulation": ("simulation.json", {"E[score x], x / y": axes("moment", 3)}),

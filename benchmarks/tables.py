@@ -246,7 +246,6 @@ TABLES: dict[str, tuple] = {
     "toys_budget": (
         "toys_budget.json",
         {
-            "seconds": each("seconds", 0),
             "in stochastic approximation, %": each("sa_share", 1, 100),
             "lambda * beta_max, x / y": axes("lambda_beta_max", 1),
             "straightness, x / y": axes("straightness", 1),

@@ -127,9 +127,9 @@ def limits(record: dict[str, Any]) -> dict[str, list[float]]:
     """Where lambda goes, by configuration: the mean of all seeds over the second half of the stages."""
     paths = {name: [run[PATH] for run in runs] for name, runs in by_name(record).items()}
     return {
-        name: [statistics.mean(stage[i] for path in each for stage in path[len(path) // 2 :]) for i in range(2)]
-        for name, each in paths.items()
-        if len(each[0]) > 1
+        name: [statistics.mean(stage[i] for path in seeds for stage in path[len(path) // 2 :]) for i in range(2)]
+        for name, seeds in paths.items()
+        if len(seeds[0]) > 1
     }
 
 

@@ -40,7 +40,7 @@ METHODS = {
     "VSDM-20": {"beta_max": 20.0},
 }
 # twenty stages, and full steps that shrink with each change of sign
-SIGN_CHANGES = {"sa_stages": 20, "sa_step_count": "sign_changes", "sa_step_scale": 1.0, "sa_step_offset": 0.0}
+TWENTY_STAGES = {"sa_stages": 20, "sa_step_count": "sign_changes", "sa_step_scale": 1.0, "sa_step_offset": 0.0}
 STANDARDIZED = {"standardize": True, "prior_type": "marginal"}
 CHANGES: tuple[dict[str, Any], ...] = (
     {},
@@ -64,7 +64,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         for method, settings in methods.items()
     },
     "convergence": {
-        f"{toy} {method}": PAPER | METHODS[method] | {"dataset_name": toy} | SIGN_CHANGES
+        f"{toy} {method}": PAPER | METHODS[method] | {"dataset_name": toy} | TWENTY_STAGES
         for toy in ("spiral-8y", "checkerboard-6x")
         for method in ("VSDM-10", "VSDM-20")
     },

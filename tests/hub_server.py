@@ -26,8 +26,9 @@ from giftless.app import init_app
 from giftless.auth.identity import DefaultIdentity
 from werkzeug.serving import run_simple
 
+from .processes import ROOT
 
-ROOT = Path(__file__).parents[1]
+
 LARGE = (".safetensors", ".bin", ".png")  # to the LFS server, as the Hub's .gitattributes has it
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {size}\n"
 

@@ -122,8 +122,9 @@ class StochasticApproximation:
     Attributes:
         num_stages: Calls of [`update`] so far, skipped ones included.
         num_skipped: Stages whose moments were not finite.
-        sign_changes: Of each gradient, in the shape of $\lambda$, or of the whole one where the axes turn.
-        last_gradient: That of the last stage, in the samples' coordinates where the axes turn; 0 before the first.
+        sign_changes: If they are counted, of each gradient, in the shape of $\lambda$, or of the whole one where the
+            axes turn.
+        last_gradient: That of the stage before, in the samples' coordinates where the axes turn; 0 at first.
     """
 
     def __init__(
@@ -273,9 +274,7 @@ class StochasticApproximation:
         elif is_ipf:
             drift.move_to(self._minimizer(score_x, x_x))
         else:
-            self._count(gradient)
-            stages = int(drift.num_updates) + 1
-            eta = self.step_size(stages if self.step_count == "stages" else self.sign_changes + 1)
+            eta = self.step_size(self._count(gradient))
             drift.step(gradient, eta)
         return StageOutput(drift.lam.clone(), score_x, x_x, gradient, eta, skipped)
 
@@ -294,14 +293,17 @@ class StochasticApproximation:
         values, vectors = torch.linalg.eigh((gradient + gradient.T) / 2)
         return (vectors * values.clamp(-self.clip, self.clip)) @ vectors.T
 
-    def _count(self, gradient: Tensor) -> None:
-        """The gradient's changes of sign; where the axes turn it is seen along those of the samples."""
+    def _count(self, gradient: Tensor) -> int | Tensor:
+        """K of the next step; where the axes turn the gradient is seen along those of the samples."""
+        if self.step_count == "stages":
+            return int(self.drift.num_updates) + 1
         turns = self.drift.turns
         if turns:
             gradient = self.drift.rotation.T @ gradient @ self.drift.rotation
         agreement = gradient * self.last_gradient
         self.sign_changes = self.sign_changes + ((agreement.sum() if turns else agreement) < 0)
         self.last_gradient = gradient
+        return self.sign_changes + 1
 
     def _minimizer(self, score_x: Tensor, x_x: Tensor) -> Tensor:
         """The lambda at which the loss is least at zeta = 1; where the axes turn D, by Lyapunov's equation."""

@@ -16,8 +16,6 @@ Writes `benchmarks/results/bridges_*.json`, a run at a time; what is there is no
 
 import argparse
 import json
-import multiprocessing
-import os
 import time
 from typing import Any
 
@@ -28,6 +26,7 @@ from tests.problems import GaussianMixture
 
 from .entropic import EntropicTransport, unexplained_variance
 from .tables import RESULTS
+from .workers import run_all
 
 
 STEPS = 12_000  # gradient steps of all networks together
@@ -83,7 +82,6 @@ REFERENCE = 100_000
 
 def run_toy(job: tuple[str, str, int]) -> dict[str, Any]:
     """Train and measure one model."""
-    torch.set_num_threads(1)
     from diffusers_vsdm import BridgePipeline
     from diffusers_vsdm.data import sample_toy
     from diffusers_vsdm.trainer import train
@@ -137,7 +135,6 @@ def toys() -> list[tuple[str, str]]:
 
 def run_transport(job: tuple[str, str, int]) -> dict[str, Any]:
     """Train one model between the ends of an entropic transport, and compare its plan."""
-    torch.set_num_threads(1)
     from diffusers_vsdm import BridgePipeline
     from diffusers_vsdm.data import TOYS as known
     from diffusers_vsdm.trainer import train
@@ -202,11 +199,10 @@ def main() -> None:
     jobs = [(*job, seed) for seed in arguments.seeds for job in make() if arguments.only in ", ".join(job)]
     jobs = [job for job in jobs if (f"{job[0]}, {job[1]}", job[2]) not in done]
     command = f"python -m benchmarks.bridges {arguments.study}"
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        for found in pool.imap_unordered(run, jobs):
-            runs.append(found)
-            print(found["name"], found["seed"], {k: round(v, 4) for k, v in found["metrics"].items()}, flush=True)
-            path.write_text(json.dumps({"command": command, "versions": versions(), "runs": runs}, indent=1) + "\n")
+    for found in run_all(run, jobs):
+        runs.append(found)
+        print(found["name"], found["seed"], {k: round(v, 4) for k, v in found["metrics"].items()}, flush=True)
+        path.write_text(json.dumps({"command": command, "versions": versions(), "runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ Writes `benchmarks/results/gaussian.json`.
 import argparse
 import json
 import math
-import multiprocessing
-import os
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .tables import RESULTS, ROOT
+from .workers import run_all
 
 
 MEAN = torch.tensor([-8.0, 2.0], dtype=torch.float64)
@@ -164,7 +164,6 @@ STUDIES = {"exact score": exact_score, "trained score": trained_score, "flow": f
 def run(job: tuple[str, int]) -> dict[str, Any]:
     """One study with one seed, in a process of its own."""
     name, seed = job
-    torch.set_num_threads(1)
     result = {"name": name, "seed": seed, "metrics": STUDIES[name](seed)}
     print(result, flush=True)
     return result
@@ -173,14 +172,18 @@ def run(job: tuple[str, int]) -> dict[str, Any]:
 def main() -> None:
     """Run all and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser.add_argument("--only", choices=STUDIES, help="measure this alone, and keep the rest of the record")
+    only = parser.parse_args().only
     from diffusers_vsdm.trainer.report import versions
 
-    jobs = [(name, seed) for name in STUDIES for seed in range(SEEDS)]
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
-        runs = pool.map(run, jobs, chunksize=1)
+    started, path = time.perf_counter(), RESULTS / "gaussian.json"
+    names = [only] if only else list(STUDIES)
+    runs = [] if not only else [old for old in json.loads(path.read_text())["runs"] if old["name"] != only]
+    runs += run_all(run, [(name, seed) for name in names for seed in range(SEEDS)])
+    minutes = (time.perf_counter() - started) / 60
     record = {"command": "python -m benchmarks.gaussian", "versions": versions(), "runs": runs}
-    (RESULTS / "gaussian.json").write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{path.name}: {minutes:.1f} minutes")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ matching has the better one of Euler's and the midpoint method at each number of
 
 import argparse
 import json
-import multiprocessing
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .tables import RESULTS
+from .workers import run_all
 
 
 SAMPLES, CALLS = 2000, (6, 8, 10, 20, 100)
@@ -156,9 +155,8 @@ def flow_matching(settings: dict[str, Any], data: Tensor, seed: int) -> Model:
 
 
 def run(job: tuple[str, str, int]) -> dict[str, Any]:
-    """Train and measure one model, in a process and on a thread of its own."""
+    """Train and measure one model, in a process of its own."""
     name, method, seed = job
-    torch.set_num_threads(1)
     from diffusers_vsdm.metrics.transport import normalized_path_energy, straightness, wasserstein2
 
     settings, data, reference = METHODS[method], draw(name, 100_000, seed), draw(name, SAMPLES, 10_001)
@@ -192,10 +190,9 @@ def main() -> None:
         record["runs"] = json.loads(path.read_text())["runs"]
     done = {(known["data"], known["name"], known["seed"]) for known in record["runs"]}
     jobs = [job for seed in seeds for name in DATA for method in METHODS if (job := (name, method, seed)) not in done]
-    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:
-        for result in pool.imap(run, jobs, chunksize=1):
-            record["runs"].append(result)
-            path.write_text(json.dumps(record, indent=1) + "\n")
+    for result in run_all(run, jobs):
+        record["runs"].append(result)
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ thread of its own.
 """
 
 import argparse
-import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from .cifar10 import FLAGS
 from .tables import ROOT
+from .workers import run_all
 
 
 CIFAR10 = "uoft-cs/cifar10"
@@ -34,12 +34,9 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 def make(job: tuple[str, str]) -> None:
     """Train one; runs in its own process."""
     name, data = job
-    import torch
-
     from diffusers_vsdm.trainer import TrainingConfig, train
     from diffusers_vsdm.trainer.report import write_report
 
-    torch.set_num_threads(1)
     settings = CONFIGURATIONS[name] | {"overwrite_output_dir": True}
     place = "model_cards" if TrainingConfig(**settings).is_toy else "outputs"
     settings["output_dir"] = f"{place}/{name}"
@@ -63,10 +60,8 @@ def main() -> None:
     arguments = parser.parse_args()
     data = str(Path(arguments.data).resolve()) if Path(arguments.data).is_dir() else arguments.data
     os.chdir(ROOT)
-    os.environ["OMP_NUM_THREADS"] = "1"
     jobs = [(name, data) for name in arguments.names or CONFIGURATIONS]
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
-        pool.map(make, jobs, chunksize=1)
+    list(run_all(make, jobs))
 
 
 if __name__ == "__main__":

@@ -18,21 +18,30 @@ Every run is a training run with the package's own trainer, in a process of its 
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import platform
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .tables import RESULTS
+from .workers import run_all
 
-RESULTS = Path(__file__).parent / "results"
-FEW_STEPS = (3, 5, 10)
+
+FEW_STEPS: dict[str, tuple[int, ...]] = {"heun": (3, 5, 10), "trig": (6, 10)}
+SHOWN: dict[str, dict[str, tuple[int, ...]]] = {"table4": {"heun": (5,)}, "budget": {}}  # of them, where W2 takes long
 KEPT = {"table4": Path("outputs") / "table4"}
 
 # the toys of the paper; half the package's batch, which changed nothing in these
 EPSILON = {"prediction_type": "epsilon"}
-PAPER = EPSILON | {"prior_type": "conditional", "zeta": 0.75, "solver": "euler", "train_batch_size": 256}
+PAPER = EPSILON | {
+    "prior_type": "conditional",
+    "zeta": 0.75,
+    "solver": "euler",
+    "train_batch_size": 256,
+    "num_likelihood_samples": 0,
+}
 METHODS = {
     "SGM-20": {"baseline": "sgm", "beta_max": 20.0},
     "SGM-30": {"baseline": "sgm", "beta_max": 30.0},
@@ -83,9 +92,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     # none and 40 are in table4
-    "budget": {
-        f"{stages} stages": PAPER | {"dataset_name": "spiral-8y", "sa_stages": stages} for stages in (5, 10, 20, 80)
-    },
+    "budget": {f"{stages} stages": PAPER | {"dataset_name": "spiral-8y", "sa_stages": stages} for stages in (10, 80)},
     "default": {
         "SGM": STANDARDIZED | {"dataset_name": "spiral-8y", "baseline": "sgm"},
         "VSDM": STANDARDIZED | {"dataset_name": "spiral-8y"},
@@ -114,9 +121,9 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def run(job: tuple[str, str, dict[str, Any], int, int]) -> dict[str, Any]:
+def run(job: tuple[str, str, dict[str, Any], int]) -> dict[str, Any]:
     """Train one model and measure it; runs in its own process."""
-    study, name, settings, seed, threads = job
+    study, name, settings, seed = job
     import torch
 
     from diffusers_vsdm.data import sample_toy
@@ -132,38 +139,35 @@ def run(job: tuple[str, str, dict[str, Any], int, int]) -> dict[str, Any]:
     from diffusers_vsdm.trainer import TrainingConfig, train
     from diffusers_vsdm.trainer.report import EVALUATION_SEED, evaluate
 
-    torch.set_num_threads(threads)
     config = TrainingConfig(seed=seed, **settings)
     result = train(config)
     pipeline = result.pipeline
     metrics, paths = evaluate(pipeline, config.dataset_name, config.num_eval_samples, config.num_eval_steps)
     if study in KEPT and seed == 0:
         pipeline.save_pretrained(KEPT[study] / name.replace(" ", "-"))
-    upright = torch.eye(2)
-    if config.dataset_name.endswith("-turned"):  # measured along the axes of what was turned
-        upright = rotation(30)
-        paths = paths @ upright
-        metrics["straightness"] = straightness(paths, 1 / config.ddpm_num_steps).tolist()
-        metrics["axis"] = axis_of_largest_lambda(pipeline.scheduler.drift)
-    # Heun in few steps, to the data
-    pipeline.scheduler = VSDMScheduler.from_config(pipeline.scheduler.config, solver="heun")
-    pipeline.set_progress_bar_config(disable=True)
+    turned = config.dataset_name.endswith("-turned")
+    upright = rotation(30) if turned else torch.eye(2)
     reference = sample_toy(config.dataset_name, 3000, torch.Generator().manual_seed(EVALUATION_SEED + 1)) @ upright
+    if turned:  # measured along the axes of what was turned
+        paths = paths @ upright
+        metrics |= {
+            "straightness": straightness(paths, 1 / config.ddpm_num_steps).tolist(),
+            "w2_standardized": wasserstein2(paths[-1], reference, standardize=True),
+            "axis": axis_of_largest_lambda(pipeline.scheduler.drift),
+        }
     metrics |= {
-        "w2_standardized": wasserstein2(paths[-1], reference, standardize=True),
         "normalized_path_energy": normalized_path_energy(paths, 1 / config.ddpm_num_steps),
         "sliced_w1_standardized": sliced_wasserstein1(paths[-1], reference, standardize=True),
         "pmf_distance": pmf_distance(paths[-1], reference),
     }
-    for steps in FEW_STEPS:
-        generator = torch.Generator().manual_seed(EVALUATION_SEED)
-        samples = pipeline(3000, generator, num_inference_steps=steps, output_type="pt").samples @ upright
-        metrics[f"w2_heun_{2 * steps - 1}"] = wasserstein2(samples, reference, standardize=True)
-    pipeline.scheduler = VSDMScheduler.from_config(pipeline.scheduler.config, solver="trig")
-    for steps in (6, 10):
-        generator = torch.Generator().manual_seed(EVALUATION_SEED)
-        samples = pipeline(3000, generator, num_inference_steps=steps, output_type="pt").samples @ upright
-        metrics[f"w2_trig_{steps}"] = wasserstein2(samples, reference, standardize=True)
+    pipeline.set_progress_bar_config(disable=True)
+    for solver, numbers in SHOWN.get(study, FEW_STEPS).items():  # to the data
+        pipeline.scheduler = VSDMScheduler.from_config(pipeline.scheduler.config, solver=solver)
+        for steps in numbers:
+            generator = torch.Generator().manual_seed(EVALUATION_SEED)
+            samples = pipeline(3000, generator, num_inference_steps=steps, output_type="pt").samples @ upright
+            calls = 2 * steps - 1 if solver == "heun" else steps
+            metrics[f"w2_{solver}_{calls}"] = wasserstein2(samples, reference, standardize=True)
     scaled = result.lambdas * config.beta_max
     if result.likelihood is not None:
         metrics["nll"] = result.likelihood["nll"]
@@ -194,32 +198,26 @@ def main() -> None:
     """Run a study and write its record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--processes", type=int, default=max(1, os.cpu_count() or 1))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     arguments = parser.parse_args()
-    threads = max(1, (os.cpu_count() or 1) // arguments.processes)
-    jobs = [
-        (arguments.study, name, s, seed, threads)
-        for seed in arguments.seeds
-        for name, s in STUDIES[arguments.study].items()
-    ]
+    study = arguments.study
+    jobs = [(study, name, s, seed) for seed in arguments.seeds for name, s in STUDIES[study].items()]
     from diffusers_vsdm.trainer.report import versions
 
     record: dict[str, Any] = {
-        "study": arguments.study,
-        "command": f"python -m benchmarks.toys {arguments.study}",
+        "study": study,
+        "command": f"python -m benchmarks.toys {study}",
         "versions": versions() | {"python": platform.python_version()},
-        "machine": {"cores": os.cpu_count(), "processes": arguments.processes, "threads": threads},
+        "machine": {"cores": os.cpu_count(), "threads of each": 1},
         "runs": [],
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"toys_{arguments.study}.json"
-    with multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool:
-        for result in pool.imap(run, jobs, chunksize=1):
-            record["runs"].append(result)
-            # as it grows: a study that is broken off leaves what it has
-            path.write_text(json.dumps(record, indent=1) + "\n")
-    print(path.name)
+    started, path = time.perf_counter(), RESULTS / f"toys_{study}.json"
+    for result in run_all(run, jobs):
+        record["runs"].append(result)
+        record["minutes"] = (time.perf_counter() - started) / 60
+        # as it grows: a study that is broken off leaves what it has
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{path.name}: {record['minutes']:.1f} minutes")
 
 
 if __name__ == "__main__":

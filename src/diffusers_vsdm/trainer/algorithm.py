@@ -356,7 +356,8 @@ class BaseTrainer(ABC):
             self.config.seed * 1_000_000_007 + index,
         )
         self.generator.manual_seed(seed)
-        torch.manual_seed(seed * accelerator.num_processes + accelerator.process_index)  # of dropout
+        seed_dropout = torch.default_generator.manual_seed if accelerator.device.type == "cpu" else torch.manual_seed
+        seed_dropout(seed * accelerator.num_processes + accelerator.process_index)
         whole = number * accelerator.num_processes
         mine = slice(number * accelerator.process_index, number * (accelerator.process_index + 1))
         draw: dict[str, Any] = {"generator": self.generator, "device": accelerator.device}

@@ -1,5 +1,6 @@
 """VSDM, its score-based model and TimeGrad's DDPM as forecasters of several series: Table 3 of the paper, and speed.
 
+    python -m benchmarks.forecast validation --data DATA --datasets solar --methods SGM    # before the test's windows
     python -m benchmarks.forecast table --data DATA [--datasets exchange ...] [--methods VSDM ...] [--seeds 0 1 2]
     python -m benchmarks.forecast speed --data DATA      # after the table
     python -m benchmarks.forecast calibration --data DATA
@@ -8,7 +9,7 @@
 DATA holds the folder `timeseries`. All methods have the same encoder, network, steps and settings of the data, which
 were chosen for the score-based model on windows before the test's; they differ in process, drift and solver. Models
 stay in `outputs/forecast/`, and what is there is not trained again. Adds its runs to `forecast.json`,
-`forecast_speed.json` and `forecast_calibration.json` in `benchmarks/results/`.
+`forecast_validation.json`, `forecast_speed.json` and `forecast_calibration.json` in `benchmarks/results/`.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from diffusers_vsdm.trainer.report import versions
 
 from .forecast_baselines import DATASETS
 from .tables import RESULTS, ROOT
+from .workers import run_all
 
 
 WORK = ROOT / "outputs" / "forecast"
@@ -68,25 +71,31 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+VALIDATION_WINDOWS = 30
+CHOICES = tuple({"input_dropout": share} for share in (0.0, 0.5, 0.7))  # that validation is between
+
+
 def series(dataset: str, data: Path) -> Any:
     """The frame of a data set."""
     chosen = DATASETS[dataset]
     return load_series(str(data / "timeseries" / chosen.file), **chosen.options)
 
 
-def model(dataset: str, method: str, seed: int, frame: Any) -> tuple[VSDMForecastPipeline, dict[str, Any]]:
-    """A trained pipeline and its record."""
-    folder = WORK / f"{dataset}-{method.lower().replace(', ', '-')}-{seed}"
+def model(
+    dataset: str, method: str, seed: int, frame: Any, windows: int, **change: Any
+) -> tuple[VSDMForecastPipeline, dict[str, Any]]:
+    """A pipeline that was trained on what comes before the last windows, and its record."""
+    choice = "".join(f"-{key}-{value}" for key, value in change.items())
+    folder = WORK / f"{dataset}-{method.lower().replace(', ', '-')}{choice}-{seed}"
     if not (folder / "metrics.json").exists():
-        chosen = DATASETS[dataset]
         config = ForecastConfig(
             dataset_name=NAMES.get(dataset, dataset),
             output_dir=str(folder),
-            prediction_length=chosen.horizon,
-            num_test_windows=chosen.windows,
+            prediction_length=DATASETS[dataset].horizon,
+            num_test_windows=windows,
             num_eval_samples=SAMPLES,
             seed=seed,
-            **(COMMON | SETTINGS[dataset] | METHODS[method]),
+            **(COMMON | SETTINGS[dataset] | METHODS[method] | change),
         )
         trainer = ForecastTrainer(config, frame)
         write_forecast_report(trainer, trainer.train())
@@ -113,23 +122,63 @@ def forecast(pipeline: VSDMForecastPipeline, windows: list[Any], steps: int) -> 
     return forecast_metrics(output.samples, [window for _, window in windows]) | {"sampling_seconds": seconds}
 
 
-def table(arguments: argparse.Namespace) -> None:
-    """Train and score every method."""
+def trained(record: dict[str, Any]) -> dict[str, Any]:
+    """What a table shows of a training run."""
+    return {key: record["metrics"][key] for key in ("seconds", "lambda")}
+
+
+Job = tuple[str, str, int, Path]  # data set, method, seed and where the data lie
+
+
+def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
+    """Every method on every data set."""
     for dataset in arguments.datasets:
-        frame, chosen = series(dataset, arguments.data), DATASETS[dataset]
-        windows = rolling_windows(frame, chosen.horizon, chosen.windows)
         for seed in arguments.seeds:
             for method in arguments.methods:
-                pipeline, record = model(dataset, method, seed, frame)
-                metrics = {"seconds": record["metrics"]["seconds"], "lambda": record["metrics"]["lambda"]}
-                for i, (solver, steps) in enumerate(SAMPLERS[method]):
-                    scores = forecast(with_solver(pipeline, solver), windows, steps)
-                    metrics |= {f"{key} {solver}@{steps}": value for key, value in scores.items()}
-                    if i == 0:
-                        metrics |= scores
-                run = {"name": f"{dataset}: {method}", "seed": seed, "metrics": metrics, "config": record["config"]}
-                write("forecast", [run])
-                print(run["name"], seed, {k: v for k, v in metrics.items() if k.startswith("crps_sum")}, flush=True)
+                yield dataset, method, seed, arguments.data
+
+
+def validate(job: tuple[Job, dict[str, Any]]) -> dict[str, Any]:
+    """Score a choice on the windows before the test's."""
+    (dataset, method, seed, data), choice = job
+    chosen = DATASETS[dataset]
+    frame = series(dataset, data).iloc[: -chosen.horizon * chosen.windows]
+    pipeline, record = model(dataset, method, seed, frame, VALIDATION_WINDOWS, **choice)
+    windows = rolling_windows(frame, chosen.horizon, VALIDATION_WINDOWS)
+    solver, steps = SAMPLERS[method][0]
+    scores = trained(record) | forecast(with_solver(pipeline, solver), windows, steps)
+    name = ", ".join((f"{dataset}: {method}", *(f"{key} {value}" for key, value in choice.items())))
+    return {"name": name, "seed": seed, "metrics": scores, "config": record["config"]}
+
+
+def validation(arguments: argparse.Namespace) -> None:
+    """Score the choices."""
+    for run in run_all(validate, [(job, choice) for job in jobs(arguments) for choice in CHOICES]):
+        write("forecast_validation", [run])
+        print(run["name"], run["seed"], run["metrics"]["crps_sum"], flush=True)
+
+
+def evaluate(job: Job) -> dict[str, Any]:
+    """Train a method and score it with each of its samplers."""
+    dataset, method, seed, data = job
+    frame, chosen = series(dataset, data), DATASETS[dataset]
+    windows = rolling_windows(frame, chosen.horizon, chosen.windows)
+    pipeline, record = model(dataset, method, seed, frame, chosen.windows)
+    metrics = trained(record)
+    for i, (solver, steps) in enumerate(SAMPLERS[method]):
+        scores = forecast(with_solver(pipeline, solver), windows, steps)
+        metrics |= {f"{key} {solver}@{steps}": value for key, value in scores.items()}
+        if i == 0:
+            metrics |= scores
+    return {"name": f"{dataset}: {method}", "seed": seed, "metrics": metrics, "config": record["config"]}
+
+
+def table(arguments: argparse.Namespace) -> None:
+    """Train and score every method."""
+    for run in run_all(evaluate, jobs(arguments)):
+        write("forecast", [run])
+        scores = {key: value for key, value in run["metrics"].items() if key.startswith("crps_sum")}
+        print(run["name"], run["seed"], scores, flush=True)
 
 
 def speed(arguments: argparse.Namespace) -> None:
@@ -139,7 +188,7 @@ def speed(arguments: argparse.Namespace) -> None:
     history, _ = rolling_windows(frame, chosen.horizon, chosen.windows)[-1]
     scored = json.loads((RESULTS / "forecast.json").read_text())["runs"]
     for method in arguments.methods:
-        pipeline, record = model(dataset, method, arguments.seeds[0], frame)
+        pipeline, record = model(dataset, method, arguments.seeds[0], frame, chosen.windows)
         (scores,) = (
             run["metrics"]
             for run in scored
@@ -158,43 +207,46 @@ def speed(arguments: argparse.Namespace) -> None:
             print(runs[0]["name"], [run["metrics"]["seconds"] for run in runs], flush=True)
 
 
-def calibration(arguments: argparse.Namespace) -> None:
+def calibrate(job: Job) -> dict[str, Any]:
     """The sum over the series one step ahead, at every row of the test windows: its mean and its spread."""
-    for dataset in arguments.datasets:
-        frame, chosen = series(dataset, arguments.data), DATASETS[dataset]
-        for seed in arguments.seeds:
-            for method in arguments.methods:
-                pipeline, record = model(dataset, method, seed, frame)
-                rows, season = chosen.horizon * chosen.windows, pipeline.model.config["differencing"]
-                origins = rolling_windows(frame, 1, rows)
-                histories = [history.iloc[-pipeline.model.history_length :] for history, _ in origins]
-                solver, steps = SAMPLERS[method][0]
-                output: Any = with_solver(pipeline, solver)(
-                    histories,
-                    SAMPLES,
-                    prediction_length=1,
-                    num_inference_steps=steps,
-                    generator=torch.Generator().manual_seed(EVALUATION_SEED),
-                )
-                sums = output.samples.sum((2, 3))  # (rows, paths)
-                truth = np.array([row.to_numpy().sum() for _, row in origins])
-                known = np.array([h.to_numpy()[-season].sum() for h, _ in origins]) if season else 0.0
-                mean = sums.mean(1)
-                error, covariance = np.sqrt(np.square(truth - mean).mean()), np.cov(mean - known, truth - known)
-                metrics = {
-                    "slope": covariance[0, 1] / covariance[0, 0],
-                    "spread": sums.std(1).mean() / error,
-                    "error": error / (truth - known).std(),
-                }
-                run = {"name": f"{dataset}: {method}", "seed": seed, "metrics": metrics, "config": record["config"]}
-                write("forecast_calibration", [run])
-                print(run["name"], seed, metrics, flush=True)
+    dataset, method, seed, data = job
+    frame, chosen = series(dataset, data), DATASETS[dataset]
+    pipeline, record = model(dataset, method, seed, frame, chosen.windows)
+    rows, season = chosen.horizon * chosen.windows, pipeline.model.config["differencing"]
+    origins = rolling_windows(frame, 1, rows)
+    histories = [history.iloc[-pipeline.model.history_length :] for history, _ in origins]
+    solver, steps = SAMPLERS[method][0]
+    output: Any = with_solver(pipeline, solver)(
+        histories,
+        SAMPLES,
+        prediction_length=1,
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(EVALUATION_SEED),
+    )
+    sums = output.samples.sum((2, 3))  # (rows, paths)
+    truth = np.array([row.to_numpy().sum() for _, row in origins])
+    known = np.array([h.to_numpy()[-season].sum() for h, _ in origins]) if season else 0.0
+    mean = sums.mean(1)
+    error, covariance = np.sqrt(np.square(truth - mean).mean()), np.cov(mean - known, truth - known)
+    metrics = {
+        "slope": covariance[0, 1] / covariance[0, 0],
+        "spread": sums.std(1).mean() / error,
+        "error": error / (truth - known).std(),
+    }
+    return {"name": f"{dataset}: {method}", "seed": seed, "metrics": metrics, "config": record["config"]}
+
+
+def calibration(arguments: argparse.Namespace) -> None:
+    """How well the forecasts of the sum are calibrated."""
+    for run in run_all(calibrate, jobs(arguments)):
+        write("forecast_calibration", [run])
+        print(run["name"], run["seed"], run["metrics"], flush=True)
 
 
 def card(arguments: argparse.Namespace) -> None:
     """Copy a trained pipeline of exchange to `model_cards/`."""
     frame, target = series("exchange", arguments.data), ROOT / "model_cards" / "exchange"
-    _, record = model("exchange", "VSDM", arguments.seeds[0], frame)
+    _, record = model("exchange", "VSDM", arguments.seeds[0], frame, DATASETS["exchange"].windows)
     shutil.copytree(WORK / f"exchange-vsdm-{arguments.seeds[0]}", target, dirs_exist_ok=True)
     (target / "README.md").unlink()
     os.chdir(ROOT)
@@ -218,7 +270,7 @@ def write(name: str, runs: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-STUDIES = {"table": table, "speed": speed, "calibration": calibration, "card": card}
+STUDIES = {"validation": validation, "table": table, "speed": speed, "calibration": calibration, "card": card}
 
 
 def main() -> None:

@@ -56,8 +56,10 @@ class _ResidualBlock(nn.Module):
         nn.init.zeros_(self.contract.weight)
         nn.init.zeros_(self.contract.bias)
 
-    def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
-        return hidden + self.contract(nn.functional.silu(self.expand(self.norm(hidden)) + self.time(time)))
+    def forward(self, hidden: Tensor, time: Tensor, rows: Tensor | None) -> Tensor:
+        shift = self.time(time)
+        shift = shift if rows is None else nn.functional.embedding(rows, shift)
+        return hidden + self.contract(nn.functional.silu(self.expand(self.norm(hidden)) + shift))
 
 
 class MLPModel(ModelMixin, ConfigMixin):
@@ -94,9 +96,13 @@ class MLPModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"`sample` must have shape (batch, {self.config['in_channels']}), got {tuple(sample.shape)}."
             )
+        rows, num_times = None, self.config["num_train_timesteps"]
+        if isinstance(timestep, Tensor) and timestep.numel() > num_times and not timestep.is_floating_point():
+            # each time is embedded once, and not for every sample that has it
+            rows, timestep = timestep, torch.arange(num_times, device=timestep.device)
         time = self.embed_time(timestep)
         hidden = self.embed(sample)
         for block in self.blocks:
-            hidden = block(hidden, time)
+            hidden = block(hidden, time, rows)
         output = self.readout(hidden)
         return MLPModelOutput(sample=output) if return_dict else (output,)

@@ -92,7 +92,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     # none and 40 are in table4
-    "budget": {f"{stages} stages": PAPER | {"dataset_name": "spiral-8y", "sa_stages": stages} for stages in (10, 80)},
+    "budget": {"10 stages": PAPER | {"dataset_name": "spiral-8y", "sa_stages": 10}},
     "default": {
         "SGM": STANDARDIZED | {"dataset_name": "spiral-8y", "baseline": "sgm"},
         "VSDM": STANDARDIZED | {"dataset_name": "spiral-8y"},

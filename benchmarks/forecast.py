@@ -203,7 +203,7 @@ def speed(arguments: argparse.Namespace) -> None:
                 metrics = {"seconds": seconds, "crps_sum": scores[f"crps_sum {solver}@{steps}"]}
                 name = f"{method}, {solver}, {steps} calls"
                 runs.append({"name": name, "seed": repeat, "metrics": metrics, "config": record["config"]})
-            write("forecast_speed", runs)
+            write("forecast_speed", runs, torch.get_num_threads())
             print(runs[0]["name"], [run["metrics"]["seconds"] for run in runs], flush=True)
 
 
@@ -253,7 +253,7 @@ def card(arguments: argparse.Namespace) -> None:
     render_card(target.relative_to(ROOT), record)
 
 
-def write(name: str, runs: list[dict[str, Any]]) -> None:
+def write(name: str, runs: list[dict[str, Any]], threads: int = 1) -> None:
     """Into the record, in place of what it had of the same name and seed."""
     path = RESULTS / f"{name}.json"
     old = json.loads(path.read_text())["runs"] if path.exists() else []
@@ -264,7 +264,7 @@ def write(name: str, runs: list[dict[str, Any]]) -> None:
     record = {
         "command": f"python -m benchmarks.forecast {name.partition('_')[2] or 'table'} --data DATA",
         "versions": versions(),
-        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": {"cores": os.cpu_count(), "threads": threads},
         "runs": sorted(kept + runs, key=lambda run: (place.get(run["name"], 0), run["seed"])),
     }
     path.write_text(json.dumps(record, indent=1) + "\n")

@@ -47,7 +47,7 @@ from .tables import RESULTS
 EVALUATIONS = (5, 6, 8, 10, 20, 50)
 STAGES = 40
 SAMPLES = {2: 2000, 3072: 64}
-LEAST_G = -9  # power of ten
+LEAST_G = -9  # power of ten, of the first time of the reference
 GRIDS: dict[str, dict[str, Any]] = {
     "trailing": {"time_grid": "spacing", "timestep_spacing": "trailing"},
     "linspace": {"time_grid": "spacing", "timestep_spacing": "linspace"},

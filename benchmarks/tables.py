@@ -442,6 +442,11 @@ TABLES: dict[str, tuple] = {
         },
         in_order,
     ),
+    "forecast_validation": (
+        "forecast_validation.json",
+        {"CRPS-sum": each("crps_sum", 4), "CRPS": each("crps", 4), "training, s": each("seconds", 0)},
+        in_order,
+    ),
     "forecast_speed": (
         "forecast_speed.json",
         {"seconds": median("seconds", 2), "CRPS-sum": median("crps_sum", 4)},

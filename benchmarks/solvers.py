@@ -157,7 +157,7 @@ def reference(problem: Any, x: Tensor, g: Tensor, drift: AdaptiveDiagonalDrift |
     """Where the probability flow takes `x`."""
     if isinstance(problem, DiagonalGaussian):
         return problem.flow(x.double(), g, torch.zeros((), dtype=torch.float64))
-    # a table that begins far below DDPM's, whose first time is as far from the data as the errors of fifty calls
+    # DDPM's own table begins so far from the data that the last step would err by more than fifty calls do
     table = torch.logspace(LEAST_G, float(g.log10()), 1000, dtype=torch.float64)
     betas = -torch.expm1(-table.diff(prepend=torch.zeros(1, dtype=torch.float64)))
     settings = {"solver": "dpmsolver++", "solver_order": 3, "time_grid": "log_snr_mean", "drift": drift}

@@ -10,13 +10,13 @@ import torch
 
 
 def run_all(function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
-    """Results in the order of the jobs, on all cores that this process may use.
+    """Results in the order of the jobs, on all cores.
 
     The processes are forked from one that has imported the package, and end with this one even if it is killed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["diffusers_vsdm.trainer.report", "ot"])
-    with context.Pool(len(os.sched_getaffinity(0)), _start, maxtasksperchild=1) as pool:
+    with context.Pool(os.cpu_count(), _start, maxtasksperchild=1) as pool:
         yield from pool.imap(function, jobs)
 
 

@@ -57,13 +57,14 @@ def test_batches_with_more_samples_than_times_are_no_other():
     """The network embeds each of its times once; those that are no integers one by one."""
     network, sample = randomize(MLPModel(2, 10, 16, 2)), torch.randn(40, 2)
     timesteps, results = torch.randint(10, (40,)), []
-    for times in (timesteps, timesteps.float()):
+    for times in (timesteps, timesteps[:, None], timesteps.float()):
         network.zero_grad()
         output = network(sample, times).sample
         output.square().sum().backward()
         results.append((output, *(parameter.grad for parameter in network.parameters())))
-    for once, one_by_one in zip(*results, strict=True):
+    for once, column, one_by_one in zip(*results, strict=True):
         torch.testing.assert_close(once, one_by_one)
+        assert torch.equal(once, column)
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "heun"])

@@ -99,7 +99,7 @@ class MLPModel(ModelMixin, ConfigMixin):
         rows, num_times = None, self.config["num_train_timesteps"]
         if isinstance(timestep, Tensor) and timestep.numel() > num_times and not timestep.is_floating_point():
             # each time is embedded once, and not for every sample that has it
-            rows, timestep = timestep, torch.arange(num_times, device=timestep.device)
+            rows, timestep = timestep.flatten(), torch.arange(num_times, device=timestep.device)
         time = self.embed_time(timestep)
         hidden = self.embed(sample)
         for block in self.blocks:

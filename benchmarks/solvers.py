@@ -1,6 +1,7 @@
 """Errors of the flow map in few evaluations, ours beside Diffusers' schedulers, on problems with exact scores.
 
-    python -m benchmarks.solvers
+    python -m benchmarks.solvers        # on four fixed problems
+    python -m benchmarks.solvers drawn  # on ten problems of each of their families, lambda 1, nothing known
 
 The problems are `benchmarks` of `tests/problems.py`, on DDPM's linear table. The error of a sample is its distance to
 the end of its path of the probability flow (exact for a Gaussian, in 1,000 steps for a mixture), in units of the
@@ -12,7 +13,7 @@ where they would round its time for a network. Three processes are compared:
 - `learned`: lambda of `StochasticApproximation` at its defaults, with the moments.
 
 The last two start from the marginal prior, and only our solvers can use them. Writes
-`benchmarks/results/solvers.json`.
+`benchmarks/results/solvers.json`, or `solvers_drawn.json` with geometric means over the draws.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import dataclasses
 import itertools
 import json
 import math
+import statistics
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +41,7 @@ from torch import Tensor
 from diffusers_vsdm import AdaptiveDiagonalDrift, StochasticApproximation, VSDMScheduler, process
 from diffusers_vsdm.solvers import SOLVERS
 from diffusers_vsdm.trainer.report import versions
-from tests.problems import DiagonalGaussian, benchmarks
+from tests.problems import DiagonalGaussian, benchmarks, drawn_benchmarks
 
 from .tables import RESULTS
 
@@ -47,6 +49,7 @@ from .tables import RESULTS
 EVALUATIONS = (5, 6, 8, 10, 20, 50)
 STAGES = 40
 SAMPLES = {2: 2000, 3072: 64}
+DRAWS, DRAWN_SAMPLES = range(100, 110), {2: 500, 3072: 16}
 LEAST_G = -9  # power of ten, of the first time of the reference
 GRIDS: dict[str, dict[str, Any]] = {
     "trailing": {"time_grid": "spacing", "timestep_spacing": "trailing"},
@@ -60,6 +63,7 @@ THEIR_GRIDS: dict[str, dict[str, Any]] = {
     "exponential": {"use_exponential_sigmas": True},
 }
 Eps = Callable[[Tensor, Tensor], Tensor]
+Sample = Callable[[Eps, Tensor, int], Tensor]
 
 
 def ours(eps: Eps, x: Tensor, calls: int, drift: AdaptiveDiagonalDrift | None = None, **settings: Any) -> Tensor:
@@ -103,7 +107,7 @@ def ipndm(eps: Eps, x: Tensor, calls: int, grid: dict[str, Any]) -> Tensor:
     return x
 
 
-def our_variants(drift: AdaptiveDiagonalDrift | None) -> dict[str, Callable[[Eps, Tensor, int], Tensor]]:
+def our_variants(drift: AdaptiveDiagonalDrift | None) -> dict[str, Sample]:
     """By name: every solver, order and grid."""
     found = {}
     for name, solver in SOLVERS.items():
@@ -114,7 +118,7 @@ def our_variants(drift: AdaptiveDiagonalDrift | None) -> dict[str, Callable[[Eps
     return found
 
 
-def their_variants() -> dict[str, Callable[[Eps, Tensor, int], Tensor]]:
+def their_variants() -> dict[str, Sample]:
     """By name: schedulers of Diffusers with their options."""
     found: dict[str, Any] = {}
     stock = {
@@ -179,13 +183,22 @@ def drift_for(problem: Any, table: Tensor, stages: int) -> AdaptiveDiagonalDrift
     return drift
 
 
-def main() -> None:
+def errors_of(sample: Sample, problem: Any, x: Tensor, end: Tensor) -> dict[str, tuple[float, float]]:
+    """By number of calls: mean distance from where the flow ends, in the data's deviation, and its standard error."""
+
+    def eps(x: Tensor, g: Tensor) -> Tensor:
+        return problem.eps(x, g).to(x.dtype)
+
+    scale, found = moments(problem)[1].mean().sqrt(), {}
+    for calls in EVALUATIONS:
+        error = (sample(eps, x, calls).double() - end).square().mean(1).sqrt() / scale
+        found[str(calls)] = float(error.mean()), float(error.std()) / math.sqrt(len(error))
+    return found
+
+
+def study_fixed(table: Tensor) -> list[dict[str, Any]]:
     """Every variant on every problem."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
-    warnings.filterwarnings("ignore")
-    runs: list[dict[str, Any]] = []
-    table = VSDMScheduler().integrated_beta
+    runs = []
     for name, problem in benchmarks().items():
         mean, variance = moments(problem)
         noise = torch.randn((SAMPLES[len(mean)], len(mean)), generator=torch.Generator().manual_seed(0))
@@ -197,29 +210,68 @@ def main() -> None:
                 at_noise = process.marginal_moments(drift.lam, table[-1], mean, variance)
                 x = (at_noise[0] + at_noise[1].sqrt() * noise).float()
             end = reference(now, x, table[-1], drift)
-
-            def eps(x: Tensor, g: Tensor, now: Any = now) -> Tensor:
-                return now.eps(x, g).to(x.dtype)
-
             variants = {"ours": our_variants(drift)} | ({} if drift else {"Diffusers": their_variants()})
             for whose, each in variants.items():
                 for variant, sample in each.items():
-                    errors = {}
-                    for calls in EVALUATIONS:
-                        error = (sample(eps, x, calls).double() - end).square().mean(1).sqrt() / variance.mean().sqrt()
-                        errors[str(calls)] = [
-                            float(f"{number:.3e}") for number in (error.mean(), error.std() / math.sqrt(len(error)))
-                        ]
+                    metrics = rounded(errors_of(sample, now, x, end))
                     runs.append(
-                        {"name": variant, "problem": name, "process": process_name, "whose": whose, "metrics": errors}
+                        {"name": variant, "problem": name, "process": process_name, "whose": whose, "metrics": metrics}
                     )
             print(name, process_name, "" if drift is None else drift.lam.aminmax(), flush=True)
+    return runs
+
+
+def study_drawn(table: Tensor) -> list[dict[str, Any]]:
+    """Every variant on every family: the geometric mean over its draws, with that of the mean's standard error."""
+    logs: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for seed in DRAWS:
+        for name, problem in drawn_benchmarks(seed).items():
+            d = len(problem.lam)
+            x = torch.randn((DRAWN_SAMPLES[d], d), generator=torch.Generator().manual_seed(seed))
+            end = reference(problem, x, table[-1])
+            for whose, each in {"ours": our_variants(None), "Diffusers": their_variants()}.items():
+                for variant, sample in each.items():
+                    for calls, (mean, _) in errors_of(sample, problem, x, end).items():
+                        logs.setdefault((variant, name, whose), {}).setdefault(calls, []).append(math.log(mean))
+        print(seed, flush=True)
+    return [
+        {
+            "name": variant,
+            "problem": name,
+            "process": "neutral",
+            "whose": whose,
+            "metrics": rounded({calls: geometric(each) for calls, each in by_calls.items()}),
+        }
+        for (variant, name, whose), by_calls in logs.items()
+    ]
+
+
+def geometric(logs: list[float]) -> tuple[float, float]:
+    """Geometric mean, and its standard error."""
+    mean = math.exp(statistics.mean(logs))
+    return mean, mean * statistics.stdev(logs) / math.sqrt(len(logs))
+
+
+def rounded(metrics: dict[str, tuple[float, float]]) -> dict[str, list[float]]:
+    """To four digits."""
+    return {calls: [float(f"{number:.3e}") for number in pair] for calls, pair in metrics.items()}
+
+
+STUDIES = {"fixed": ("solvers", study_fixed), "drawn": ("solvers_drawn", study_drawn)}
+
+
+def main() -> None:
+    """Run a study."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="?", choices=STUDIES, default="fixed")
+    name, study = STUDIES[parser.parse_args().study]
+    warnings.filterwarnings("ignore")
     record = {
-        "command": "python -m benchmarks.solvers",
+        "command": " ".join(["python -m benchmarks.solvers", *(["drawn"] if study is study_drawn else [])]),
         "versions": versions() | {"numpy": np.__version__},
-        "runs": runs,
+        "runs": study(VSDMScheduler().integrated_beta),
     }
-    (RESULTS / "solvers.json").write_text(json.dumps(record) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

@@ -96,6 +96,33 @@ def benchmarks() -> dict[str, DiagonalGaussian | GaussianMixture]:
     }
 
 
+def drawn_benchmarks(seed: int) -> dict[str, DiagonalGaussian | GaussianMixture]:
+    """The same four families with drawn parameters, to tell what holds from what is luck on one problem."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(least: float, most: float, n: int = 1) -> Tensor:
+        return least + (most - least) * torch.rand(n, generator=generator, dtype=torch.float64)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def log_uniform(least: float, most: float) -> Tensor:
+        return uniform(math.log(least), math.log(most), 2).exp()
+
+    one = torch.ones(2, dtype=torch.float64)
+    angle = torch.arange(8, dtype=torch.float64) * torch.pi / 4 + uniform(0, torch.pi / 4)
+    ring = torch.stack([angle.cos(), uniform(0.3, 1) * angle.sin()], dim=1)
+    wide, clustered = (_spectrum(3072, 0.25, float(uniform(0.5, most))) for most in (2.0, 1.5))
+    return {
+        "gaussian, d = 2": DiagonalGaussian(0.3 * normal(2), log_uniform(0.003, 1.5), one),
+        "8 gaussians, d = 2": GaussianMixture(ring, log_uniform(0.001, 0.03), one),
+        "gaussian, d = 3072": DiagonalGaussian(torch.zeros_like(wide), wide, torch.ones_like(wide)),
+        "64 gaussians, d = 3072": GaussianMixture(
+            normal(64, 3072) * clustered.sqrt(), 0.1 * clustered, torch.ones_like(clustered)
+        ),
+    }
+
+
 ANISOTROPIC = DiagonalGaussian(
     mean=torch.tensor([1.0, -3.0, 0.5], dtype=torch.float64),
     variance=torch.tensor([0.25, 60.0, 4.0], dtype=torch.float64),

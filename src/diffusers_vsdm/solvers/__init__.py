@@ -11,6 +11,7 @@ from functools import partial
 
 from .coefficients import Coefficients
 from .exponential import deis, dpmsolver_pp, ipndm, sde_dpmsolver_pp, unipc
+from .fitted import trig_fitted
 from .single_step import ddim, ddpm, euler, euler_maruyama, heun
 from .trigonometric import trig
 
@@ -91,6 +92,9 @@ SOLVERS: dict[str, Solver] = {
     # the weights of equal steps on other grids: more steps of history do not give more order
     "ipndm": Solver(_several(ipndm, 1, 2, 2, 2), multistep=True),
     "trig": Solver({3: Rule(trig, order=3, history=2)}, time_grid="quadratic", multistep=True, uses_moments=True),
+    "trig-fitted": Solver(
+        {3: Rule(trig_fitted, order=3, history=3)}, time_grid="quadratic", multistep=True, uses_moments=True
+    ),
 }
 
 __all__ = ["SOLVERS", "Coefficients", "Rule", "Solver"]

@@ -25,6 +25,8 @@ References:
         the data for all dimensions, in a network's preconditioning.
 """
 
+from __future__ import annotations
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -42,43 +44,72 @@ MOST_AMPLIFICATION = 5.0  # of errors of the nodes in a step; in equal steps it 
 
 def trig(lam: Tensor, g: Tensor, g_next: Tensor, data_variance: Tensor) -> Coefficients:
     r"""Adams-Bashforth of order 3 in the angle $\theta$; `data_variance` broadcasts against `lam`."""
-    variance = data_variance.clamp(min=LEAST_VARIANCE * (float(data_variance.max()) or 1.0))
-    root = variance.sqrt()
+    path = AngularPath(lam, g, g_next, data_variance)
+    return path.coefficients([path.polynomial_weights(i, path.nodes_at(i, ORDER)) for i in range(len(g))])
 
-    def angle(g: Tensor) -> Tensor:
-        return torch.atan2(process.mean_scale(lam, g) * root, process.std(lam, g))
 
-    def spread(g: Tensor) -> Tensor:
-        return process.marginal_moments(lam, g, torch.zeros_like(root), variance)[1].sqrt()
+class AngularPath:
+    r"""The angles of a run in each dimension, and what integrates F over them.
 
-    points, shares = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(QUADRATURE_POINTS))
-    points, shares = (points + 1) / 2, shares / 2
-    clock = torch.cat([g, g_next[-1:]]) ** 0.25
-    start, end = angle(g), angle(g_next)
-    blind = blind_calls(lam, g)
-    weights = []
-    for i in range(len(g)):
+    Args:
+        lam, g, g_next: As for [`Rule.coefficients`].
+        data_variance: Broadcasts against `lam`.
+
+    Attributes:
+        angles: $\theta$ at the calls, `(n, *lambda_shape)`.
+        ends: $\theta$ after each step, shaped the same.
+        clock: $g^{1/4}$ at the calls and after the last step, `(n + 1, 1, ..., 1)`.
+    """
+
+    def __init__(self, lam: Tensor, g: Tensor, g_next: Tensor, data_variance: Tensor) -> None:
+        self._lam, self._g, self._g_next = lam, g, g_next
+        self._variance = data_variance.clamp(min=LEAST_VARIANCE * (float(data_variance.max()) or 1.0))
+        self._root = self._variance.sqrt()
+        self._blind = blind_calls(lam, g)
+        self.clock = torch.cat([g, g_next[-1:]]) ** 0.25
+        self.angles, self.ends = self._angle(g), self._angle(g_next)
+
+    def nodes_at(self, i: int, most: int) -> int:
+        """How many calls, at most so many, step i may look back on."""
+        return min(most, max(1, i + 1 - self._blind))
+
+    def polynomial_weights(self, i: int, count: int) -> list[Tensor]:
+        """Of F at so many of the last calls, newest first, or at fewer where the step is long beside those before."""
+        clock = self.clock
         step = clock[i + 1] - clock[i]
-        nodes = [(clock[i - j] - clock[i]) / step for j in range(min(ORDER, max(1, i + 1 - blind)))]
+        nodes = [(clock[i - j] - clock[i]) / step for j in range(count)]
         while _amplification(nodes) > MOST_AMPLIFICATION:
             nodes.pop()
-        count = len(nodes)
-        total = end[i] - start[i]
+        total = self.ends[i] - self.angles[i]
         # by parts: of the angle itself, which is smoother than its rate
-        turned = [angle((clock[i] + point * step) ** 4) - start[i] for point in points] if count > 1 else []
+        points, shares = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(QUADRATURE_POINTS))
+        points, shares = (points + 1) / 2, shares / 2
+        turned = (
+            [self._angle((clock[i] + point * step) ** 4) - self.angles[i] for point in points] if nodes[1:] else []
+        )
         moments = [total]
-        for k in range(1, count):
+        for k in range(1, len(nodes)):
             rest = sum(w * p ** (k - 1) * t for w, p, t in zip(shares, points, turned, strict=True))
             moments.append(total - k * rest)
-        weights.append([spread(g_next[i]) * w for w in moment_weights(nodes, moments)])
-    a, s, a_next = process.mean_scale(lam, g), process.std(lam, g), process.mean_scale(lam, g_next)
-    growth = spread(g_next) / spread(g)
-    velocity = Coefficients(
-        x0=spread(g) / (s * root), sample=-a * root / (s * spread(g)), mean=-s / (root * spread(g))
-    )
-    return Coefficients(
-        sample=growth, mean=a_next - growth * a, **columns("velocity", weights), velocity_terms=velocity
-    )
+        return moment_weights(nodes, moments)
+
+    def coefficients(self, weights: list[list[Tensor]]) -> Coefficients:
+        """With a row of weights of F for each step, newest first."""
+        lam, g, g_next, root = self._lam, self._g, self._g_next, self._root
+        a, s, a_next = process.mean_scale(lam, g), process.std(lam, g), process.mean_scale(lam, g_next)
+        spread, spread_next = self._spread(g), self._spread(g_next)
+        growth = spread_next / spread
+        rows = [[spread_next[i] * w for w in row] for i, row in enumerate(weights)]
+        velocity = Coefficients(x0=spread / (s * root), sample=-a * root / (s * spread), mean=-s / (root * spread))
+        return Coefficients(
+            sample=growth, mean=a_next - growth * a, **columns("velocity", rows), velocity_terms=velocity
+        )
+
+    def _angle(self, g: Tensor) -> Tensor:
+        return torch.atan2(process.mean_scale(self._lam, g) * self._root, process.std(self._lam, g))
+
+    def _spread(self, g: Tensor) -> Tensor:
+        return process.marginal_moments(self._lam, g, torch.zeros_like(self._root), self._variance)[1].sqrt()
 
 
 def _amplification(nodes: list[Tensor]) -> float:

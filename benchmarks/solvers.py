@@ -1,7 +1,7 @@
 """Errors of the flow map in few evaluations, ours beside Diffusers' schedulers, on problems with exact scores.
 
-    python -m benchmarks.solvers        # on four fixed problems
-    python -m benchmarks.solvers drawn  # on ten problems of each of their families, lambda 1, nothing known
+    python -m benchmarks.solvers fixed  # four problems
+    python -m benchmarks.solvers drawn  # ten problems of each of their families, lambda 1, nothing known
 
 The problems are `benchmarks` of `tests/problems.py`, on DDPM's linear table. The error of a sample is its distance to
 the end of its path of the probability flow (exact for a Gaussian, in 1,000 steps for a mixture), in units of the
@@ -13,7 +13,7 @@ where they would round its time for a network. Three processes are compared:
 - `learned`: lambda of `StochasticApproximation` at its defaults, with the moments.
 
 The last two start from the marginal prior, and only our solvers can use them. Writes
-`benchmarks/results/solvers.json`, or `solvers_drawn.json` with geometric means over the draws.
+`benchmarks/results/solvers_fixed.json`, or `solvers_drawn.json` with geometric means over the draws.
 """
 
 import argparse
@@ -257,21 +257,21 @@ def rounded(metrics: dict[str, tuple[float, float]]) -> dict[str, list[float]]:
     return {calls: [float(f"{number:.3e}") for number in pair] for calls, pair in metrics.items()}
 
 
-STUDIES = {"fixed": ("solvers", study_fixed), "drawn": ("solvers_drawn", study_drawn)}
+STUDIES = {"fixed": study_fixed, "drawn": study_drawn}
 
 
 def main() -> None:
     """Run a study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", nargs="?", choices=STUDIES, default="fixed")
-    name, study = STUDIES[parser.parse_args().study]
+    parser.add_argument("study", choices=STUDIES)
+    study = parser.parse_args().study
     warnings.filterwarnings("ignore")
     record = {
-        "command": " ".join(["python -m benchmarks.solvers", *(["drawn"] if study is study_drawn else [])]),
+        "command": f"python -m benchmarks.solvers {study}",
         "versions": versions() | {"numpy": np.__version__},
-        "runs": study(VSDMScheduler().integrated_beta),
+        "runs": STUDIES[study](VSDMScheduler().integrated_beta),
     }
-    (RESULTS / f"{name}.json").write_text(json.dumps(record) + "\n")
+    (RESULTS / f"solvers_{study}.json").write_text(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

@@ -326,7 +326,7 @@ TABLES: dict[str, tuple] = {
         {"brightness": each("brightness", 3), "Frechet distance": each("frechet", 2)},
     ),
     "solvers": (
-        "solvers.json",
+        "solvers_fixed.json",
         {
             "best of ours": text("best, ours"),
             "best of Diffusers": text("best, Diffusers"),
@@ -338,7 +338,7 @@ TABLES: dict[str, tuple] = {
         best_solvers,
     ),
     "solvers_ranked": (
-        "solvers.json",
+        "solvers_fixed.json",
         {f"{calls} calls": each(str(calls), 5) for calls in (5, 6, 8, 10, 20, 50)},
         rank_solvers,
     ),

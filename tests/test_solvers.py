@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import statistics
 
@@ -39,12 +40,15 @@ def rules(stochastic):
     ]
 
 
+COLD = ["trig-fitted-3"]  # its weights take back what its own first steps do, which exact ones do not
 UNEVEN = [999, 700, 450, 250, 120, 60, 58, 56]
 PROBLEMS = [pytest.param(ANISOTROPIC, id="drift"), pytest.param(EXPLODING, id="exploding")]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-@pytest.mark.parametrize("name, solver_order, order", rules(stochastic=False))
+@pytest.mark.parametrize(
+    "name, solver_order, order", [rule for rule in rules(stochastic=False) if rule.id not in COLD]
+)
 def test_ode_solvers_converge_to_the_exact_flow_with_their_order(name, solver_order, order, problem):
     """Multistep rules start from exact samples, so that their order shows and not that of their first steps."""
     scheduler = scheduler_for(problem, N, moments=False, solver=name, solver_order=solver_order)
@@ -70,10 +74,33 @@ def test_ode_solvers_converge_to_the_exact_flow_with_their_order(name, solver_or
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
+def test_fitted_weights_take_back_what_the_first_steps_do(problem):
+    """From a cold start, where a multistep rule of order 3 is of order 2."""
+    errors = {}
+    for name in ("trig", "trig-fitted"):
+        scheduler = scheduler_for(problem, N, moments=False, solver=name)
+        start, end = scheduler.integrated_beta[N - 1], scheduler.integrated_beta[END]
+        mean, variance = problem.moments(start)
+        x = (
+            mean
+            + torch.randn(64, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * variance.sqrt()
+        )
+        exact, scale = problem.flow(x, start, end), problem.moments(end)[1].sqrt()
+        errors[name] = []
+        for n in STEPS:
+            scheduler.set_timesteps(timesteps=grid(n))
+            y = run(scheduler, problem, x, calls=n)
+            errors[name].append(float(((y - exact) / scale).square().mean().sqrt()))
+    assert order_of(errors["trig-fitted"]) > max(2.6, order_of(errors["trig"]) + 0.5), errors
+    assert all(ours < plain for ours, plain in zip(errors["trig-fitted"], errors["trig"], strict=True)), errors
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("prediction_type", list(PARAMETERIZATIONS))
-def test_trig_is_exact_for_gaussians_in_any_number_of_steps(prediction_type, steps, problem):
-    scheduler = scheduler_for(problem, solver="trig", prediction_type=prediction_type)
+@pytest.mark.parametrize("solver", ["trig", "trig-fitted"])
+def test_solvers_in_the_angle_are_exact_for_gaussians_in_any_number_of_steps(solver, prediction_type, steps, problem):
+    scheduler = scheduler_for(problem, solver=solver, prediction_type=prediction_type)
     scheduler.set_timesteps(steps)
     start = scheduler.integrated_beta[-1]
     mean, variance = problem.moments(start)
@@ -83,6 +110,24 @@ def test_trig_is_exact_for_gaussians_in_any_number_of_steps(prediction_type, ste
         a, s = (f(problem.lam, scheduler.integrated_beta_at(k)) for f in (process.mean_scale, process.std))
         y = scheduler.step(scheduler.parameterization.target((y - s * eps) / a, eps, a, s), k, y).prev_sample
     torch.testing.assert_close(y, problem.flow(x, start, torch.zeros(())), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("lam", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("steps, most", [(3, 0.8), (5, 0.65), (8, 0.3), (12, 0.2), (50, 0.1)])
+def test_fitted_weights_err_less_on_gaussians_of_other_variances(steps, most, lam):
+    """From a hundredth to a hundred times what the solver takes them for; the measured ratios are 0.04 to 0.75."""
+    q = torch.logspace(-2, 2, 41, dtype=torch.float64)
+    problem = DiagonalGaussian(torch.zeros_like(q), 0.3 * q, torch.full_like(q, lam))
+    share = torch.exp(-(q.log10() ** 2) / 2) * q / (1 + q)
+    errors = {}
+    for solver in ("trig", "trig-fitted"):
+        scheduler = scheduler_for(dataclasses.replace(problem, variance=torch.full_like(q, 0.3)), 1000, solver=solver)
+        scheduler.set_timesteps(steps)
+        start = scheduler.integrated_beta[-1]
+        x = problem.moments(start)[1].sqrt()[None]
+        exact = problem.flow(x, start, torch.zeros(()))
+        errors[solver] = float((((run(scheduler, problem, x) - exact) / exact) ** 2 * share).sum().sqrt())
+    assert errors["trig-fitted"] < most * errors["trig"]
 
 
 @pytest.mark.parametrize("widest", [0.0, 100.0])
@@ -109,12 +154,12 @@ def test_a_long_step_after_short_ones_is_not_extrapolated_over():
     """The last step is thirty times as long in time as the two before it: order 3 was 2.6 times worse than DDIM."""
     problem, errors = benchmarks()["8 gaussians, d = 2"], {}
     x = torch.randn(200, 2, dtype=torch.float64)
-    for solver, times in (("dpmsolver++", None), ("trig", UNEVEN), ("ddim", UNEVEN)):
+    for solver, times in (("dpmsolver++", None), ("trig", UNEVEN), ("trig-fitted", UNEVEN), ("ddim", UNEVEN)):
         scheduler = VSDMScheduler(clip_sample=False, solver=solver, time_grid="log_snr_mean")
         scheduler.set_timesteps(300 if times is None else None, timesteps=times)
         y = run(scheduler, problem, x)
         errors[solver] = y if times is None else (y - errors["dpmsolver++"]).square().mean().sqrt()
-    assert errors["trig"] < 0.8 * errors["ddim"]
+    assert max(errors["trig"], errors["trig-fitted"]) < 0.8 * errors["ddim"], errors
 
 
 @pytest.mark.parametrize("name", [name for name, solver in SOLVERS.items() if solver.multistep])

@@ -11,13 +11,13 @@ too, a wide one at noise and, in each mode, a narrow one near the data. So a ste
 F are those that minimise, over a log-normal prior of q around 1,
 
 $$ E_q \frac q {1 + q} \Bigl( \frac{r_q(\theta_{i+1}) - z_i - \sum_j w_j F_{i-j}}{r_q(\theta_{i+1})} \Bigr)^2
-   + \eta_i^2 \sum_j (w_j - u_j)^2, \qquad \sum_j w_j = \theta_{i+1} - \theta_i , $$
+   + \eta^2 \sum_j (w_j - u_j)^2, \qquad \sum_j w_j = \theta_{i+1} - \theta_i , $$
 
 where $z$ and $F$ are what the solver itself has made of that Gaussian up to then, from $z_0 = r_q(\theta_0)$: what
 earlier steps did wrong, the first ones above all, is taken back. $q / (1 + q)$ stands for errors in the data's own
-units. $u$ are the weights of the polynomial of `trig`, which those here may leave by little in a short step: $\eta_i$
-is proportional to the step in the clock $g^{1/4}$. It is the noise of a regression, for what is in F that no Gaussian
-explains, and keeps the weights small where few values of F tell the q apart.
+units. $u$ are the weights of the polynomial of `trig`, which those here may leave the less the more steps there are:
+$\eta$ is inverse to their number. It is the noise of a regression, for what is in F that no Gaussian explains, and
+keeps the weights small where the values of F hardly tell one q from another.
 
 References:
     O'Hagan (1991), "Bayes-Hermite Quadrature": weights that err least, in the mean over a prior of integrands.
@@ -36,7 +36,7 @@ from .trigonometric import ORDER, AngularPath
 NODES = 4
 DECADES = 1.0  # standard deviation of the prior's log10 q
 PRIOR_POINTS = 16  # of Gauss-Hermite quadrature over the prior
-SLACK = 0.2  # eta over the step, as a share of the clock
+SLACK = 0.2  # eta times the number of steps
 
 
 def trig_fitted(lam: Tensor, g: Tensor, g_next: Tensor, data_variance: Tensor) -> Coefficients:
@@ -46,7 +46,6 @@ def trig_fitted(lam: Tensor, g: Tensor, g_next: Tensor, data_variance: Tensor) -
     shape = (-1,) + (1,) * (path.angles.dim() - 1)
     q = (10 ** (DECADES * nodes)).view(shape)
     importance = (masses / masses.sum()).view(shape) * q / (1 + q)
-    shares = path.clock.diff(dim=0).abs() / path.clock[0]
 
     def spread(angle: Tensor) -> Tensor:
         return (angle.cos() ** 2 + q * angle.sin() ** 2).sqrt()
@@ -62,7 +61,7 @@ def trig_fitted(lam: Tensor, g: Tensor, g_next: Tensor, data_variance: Tensor) -
         row += [torch.zeros_like(row[0])] * (count - len(row))
         missing = end - z - _combined(row, velocities)
         slopes = [v - velocities[0] for v in velocities[1:count]]  # what moves weight from the newest to an older one
-        change = _ridge(slopes, missing, importance / end**2, (SLACK * shares[i]) ** 2)
+        change = _ridge(slopes, missing, importance / end**2, (SLACK / len(g)) ** 2)
         row = [w + c for w, c in zip(row, [-sum(change, torch.zeros_like(row[0])), *change], strict=True)]
         z = z + _combined(row, velocities)
         weights.append(row)

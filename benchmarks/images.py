@@ -3,6 +3,7 @@
     torchrun --nproc_per_node 2 -m benchmarks.images chain --data DATA   # test images against training images
     python -m benchmarks.images pilot --data DATA      # at 16x16, every method with every beta_max
     python -m benchmarks.images table --data DATA      # at 32x32, every method as the pilot found best
+    python -m benchmarks.images flow --data DATA       # how near few-step solvers come to the flow's end there
     python -m benchmarks.images spectrum --data DATA   # the learned lambda beside the data's spectrum
 
 DATA is a folder with `cifar10/`, the data set as on the Hub; `fid/inception_2015_12_05_features.safetensors`, the
@@ -26,9 +27,10 @@ from typing import Any
 
 import torch
 
+from diffusers_vsdm import VSDMPipeline, VSDMScheduler
 from diffusers_vsdm.data.images import load_images
 from diffusers_vsdm.metrics.fidelity import FeatureStatistics, InceptionFeatures, frechet_distance
-from diffusers_vsdm.trainer.fidelity import reference_features
+from diffusers_vsdm.trainer.fidelity import SamplingRun, reference_features
 from diffusers_vsdm.trainer.processes import process_state
 from diffusers_vsdm.trainer.report import versions
 
@@ -85,10 +87,11 @@ TABLE_METHODS: dict[str, dict[str, Any]] = {
     "VSDM, one": METHODS["VSDM, one"],
     "VSDM, per channel": METHODS["VSDM, per channel"] | {"basis": "dct"},
     "VSDM, per pixel": METHODS["VSDM, per pixel"],
-    "SGM, pixels": {"baseline": "sgm"},
 }
 TABLE_RUNS, TABLE_IMAGES = ("trig@6", "trig@10", "trig@20", "trig@35", "euler-maruyama@200"), 2000
 REFERENCE_IMAGES = 2000
+FLOW_SOLVERS = ("trig-fitted", "trig", "unipc:3/log_snr_mean", "dpmsolver++:2/quadratic", "ipndm:3/log_snr_mean")
+FLOW_CALLS, FLOW_END, FLOW_IMAGES = (5, 6, 8, 10, 20), "unipc:2/log_snr_mean@250", 16
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
@@ -235,11 +238,40 @@ def table(data: Path, cores: int) -> None:
     study("table", models, TABLE_RUNS, evaluation, data, cores)
 
 
+@torch.no_grad()
+def flow(data: Path, cores: int) -> None:
+    """Distances from the ends of the flow of the table's models, as root mean squares over an image, in float32."""
+    runs = []
+    for name in TABLE_METHODS:
+        pipeline = VSDMPipeline.from_pretrained(WORK / "table" / slug(name))
+        network, drift = pipeline.unet.eval(), pipeline.scheduler.drift
+        start = pipeline.scheduler.sample_prior(
+            (FLOW_IMAGES, *drift.event_shape), generator=torch.Generator().manual_seed(0)
+        )
+
+        def sample(text: str, pipeline: Any = pipeline, network: Any = network, start: Any = start) -> torch.Tensor:
+            run = SamplingRun.parse(text)
+            scheduler, x = run.scheduler(pipeline.scheduler), start
+            scheduler.set_timesteps(run.num_steps)
+            for k in scheduler.timesteps:
+                x = scheduler.step(network(x, k).sample, k, x).prev_sample
+            return x
+
+        end = sample(FLOW_END)
+        for solver in FLOW_SOLVERS:
+            metrics = {}
+            for calls in FLOW_CALLS:
+                errors = (sample(f"{solver}@{calls}") - end).square().flatten(1).mean(1).sqrt()
+                metrics |= {f"{calls}": float(errors.mean()), f"{calls} error": float(errors.std()) / FLOW_IMAGES**0.5}
+            runs.append({"name": f"{name}, `{solver}`", "seed": 0, "metrics": metrics})
+        print(runs[-len(FLOW_SOLVERS) :], flush=True)
+    record = {"command": "python -m benchmarks.images flow --data DATA", "versions": versions(), "runs": runs}
+    (RESULTS / "images_flow.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
 def spectrum(data: Path, cores: int) -> None:
     """The learned lambda of every frequency beside the data's variance there, of the pilot's model, as a picture."""
     from matplotlib.figure import Figure
-
-    from diffusers_vsdm import VSDMScheduler
 
     folder = WORK / "pilot" / slug(f"VSDM, per frequency, {VARIANT_BETA_MAX}")
     drift = VSDMScheduler.from_pretrained(folder, subfolder="scheduler").drift
@@ -278,7 +310,7 @@ def chain(data: Path, cores: int) -> None:
     (RESULTS / "images_chain.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-STUDIES = {"chain": chain, "pilot": pilot, "table": table, "spectrum": spectrum}
+STUDIES = {"chain": chain, "pilot": pilot, "table": table, "flow": flow, "spectrum": spectrum}
 
 
 def main() -> None:

@@ -81,7 +81,7 @@ def in_order(record: dict[str, Any]) -> dict[str, Any]:
     return record | {"runs": sorted(record["runs"], key=lambda run: (run["name"], run["seed"]))}
 
 
-FEW_STEP_DEFAULT = "trig 3, quadratic"
+FEW_STEP_DEFAULT = "trig-fitted 3, quadratic"
 
 
 def best_solvers(record: dict[str, Any]) -> dict[str, Any]:
@@ -330,15 +330,20 @@ TABLES: dict[str, tuple] = {
         {
             "best of ours": text("best, ours"),
             "best of Diffusers": text("best, Diffusers"),
-            "`trig`": text("neutral"),
-            "`trig`, moments": text("neutral, moments"),
-            "`trig`, learned λ": text("learned"),
+            "`trig-fitted`": text("neutral"),
+            "`trig-fitted`, moments": text("neutral, moments"),
+            "`trig-fitted`, learned λ": text("learned"),
             "best of ours, learned λ": text("best, learned"),
         },
         best_solvers,
     ),
     "solvers_ranked": (
         "solvers_fixed.json",
+        {f"{calls} calls": each(str(calls), 5) for calls in (5, 6, 8, 10, 20, 50)},
+        rank_solvers,
+    ),
+    "solvers_drawn": (
+        "solvers_drawn.json",
         {f"{calls} calls": each(str(calls), 5) for calls in (5, 6, 8, 10, 20, 50)},
         rank_solvers,
     ),
@@ -474,6 +479,10 @@ TABLES: dict[str, tuple] = {
             for name, key, factor in (("FID (2,000 samples)", "fid", 1), ("KID x 1000", "kid", 1000))
             for run in ("trig@6", "trig@10", "trig@20", "trig@35", "euler-maruyama@200")
         },
+    ),
+    "images_flow": (
+        "images_flow.json",
+        {f"{calls} calls": with_error(str(calls), f"{calls} error", 4) for calls in (5, 6, 8, 10, 20)},
     ),
     "simulation": ("simulation.json", {"E[score x], x / y": axes("moment", 3)}),
 }

@@ -254,7 +254,7 @@ def flow(data: Path, cores: int) -> None:
             scheduler, x = run.scheduler(pipeline.scheduler), start
             scheduler.set_timesteps(run.num_steps)
             for k in scheduler.timesteps:
-                x = scheduler.step(network(x, k).sample, k, x).prev_sample
+                x = scheduler.step(network(scheduler.scale_model_input(x, k), k).sample, k, x).prev_sample
             return x
 
         end = sample(FLOW_END)

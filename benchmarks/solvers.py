@@ -1,7 +1,7 @@
 """Errors of the flow map in few evaluations, ours beside Diffusers' schedulers, on problems with exact scores.
 
     python -m benchmarks.solvers fixed  # four problems
-    python -m benchmarks.solvers drawn  # ten problems of each of their families, lambda 1, nothing known
+    python -m benchmarks.solvers drawn  # six problems of each of their families, lambda 1, nothing known
 
 The problems are `benchmarks` of `tests/problems.py`, on DDPM's linear table. The error of a sample is its distance to
 the end of its path of the probability flow (exact for a Gaussian, in 1,000 steps for a mixture), in units of the
@@ -49,7 +49,7 @@ from .tables import RESULTS
 EVALUATIONS = (5, 6, 8, 10, 20, 50)
 STAGES = 40
 SAMPLES = {2: 2000, 3072: 64}
-DRAWS, DRAWN_SAMPLES = range(100, 110), {2: 500, 3072: 16}
+DRAWS, DRAWN_SAMPLES = range(100, 106), {2: 500, 3072: 16}
 LEAST_G = -9  # power of ten, of the first time of the reference
 GRIDS: dict[str, dict[str, Any]] = {
     "trailing": {"time_grid": "spacing", "timestep_spacing": "trailing"},

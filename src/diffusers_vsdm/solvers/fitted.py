@@ -36,7 +36,7 @@ from .trigonometric import ORDER, AngularPath
 NODES = 4
 DECADES = 1.0  # standard deviation of the prior's log10 q
 PRIOR_POINTS = 16  # of Gauss-Hermite quadrature over the prior
-SLACK = 0.2  # eta times the number of steps
+SLACK = 0.3  # eta times the number of steps
 
 
 def trig_fitted(lam: Tensor, g: Tensor, g_next: Tensor, data_variance: Tensor) -> Coefficients:
@@ -72,7 +72,7 @@ def _combined(weights: list[Tensor], values: list[Tensor]) -> Tensor:
     return torch.stack([w * v for w, v in zip(weights, values, strict=False)]).sum(0)
 
 
-def _ridge(slopes: list[Tensor], target: Tensor, importance: Tensor, penalty: Tensor) -> list[Tensor]:
+def _ridge(slopes: list[Tensor], target: Tensor, importance: Tensor, penalty: float) -> list[Tensor]:
     """The `c` least in `sum importance (target - c . slopes)^2 + penalty (|c|^2 + (sum c)^2)`, elementwise.
 
     The sum is over the first dimension. By Gaussian elimination, which needs no pivots in a positive definite matrix.

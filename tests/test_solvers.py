@@ -73,26 +73,22 @@ def test_ode_solvers_converge_to_the_exact_flow_with_their_order(name, solver_or
     assert -0.35 < order_of(errors) - order < 0.35, errors
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_fitted_weights_take_back_what_the_first_steps_do(problem):
+def test_fitted_weights_take_back_what_the_first_steps_do():
     """From a cold start, where a multistep rule of order 3 is of order 2."""
-    errors = {}
+    problem, errors = ANISOTROPIC, {}
     for name in ("trig", "trig-fitted"):
         scheduler = scheduler_for(problem, N, moments=False, solver=name)
         start, end = scheduler.integrated_beta[N - 1], scheduler.integrated_beta[END]
         mean, variance = problem.moments(start)
-        x = (
-            mean
-            + torch.randn(64, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * variance.sqrt()
-        )
+        x = mean + torch.randn(64, 3, dtype=torch.float64) * variance.sqrt()
         exact, scale = problem.flow(x, start, end), problem.moments(end)[1].sqrt()
         errors[name] = []
         for n in STEPS:
             scheduler.set_timesteps(timesteps=grid(n))
             y = run(scheduler, problem, x, calls=n)
             errors[name].append(float(((y - exact) / scale).square().mean().sqrt()))
-    assert order_of(errors["trig-fitted"]) > max(2.6, order_of(errors["trig"]) + 0.5), errors
-    assert all(ours < plain for ours, plain in zip(errors["trig-fitted"], errors["trig"], strict=True)), errors
+    assert order_of(errors["trig-fitted"]) > order_of(errors["trig"]) + 0.5, errors
+    assert all(4 * ours < plain for ours, plain in zip(errors["trig-fitted"], errors["trig"], strict=True)), errors
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)

@@ -75,8 +75,8 @@ class VSDMScheduler(ForwardProcess):
         time_grid (`str`, *optional*): Times of a run: whole ones by `timestep_spacing` (`"spacing"`), or fractional
             ones, uniform in the root of k (`"quadratic"`), by Karras et al. (`"karras"`), or uniform in the log-SNR.
             The latter two go by the mean of the dimensions' log-SNRs; `"log_snr_mean"`, `"log_snr_largest"` and
-            `"log_snr_smallest"` say which one. Defaults to the solver's own: `"quadratic"` for `trig`, else
-            `"spacing"`.
+            `"log_snr_smallest"` say which one. Defaults to the solver's own: `"quadratic"` for `trig` and
+            `trig-fitted`, else `"spacing"`.
         prior_type (`str`, defaults to `"conditional"`): Law of the first sample: `"conditional"` $N(0, s_T^2)$, the
             law of $x_T$ given $x_0 = 0$, or `"marginal"` $N(a_T m, a_T^2 v + s_T^2)$ with the drift's moments of the
             data. Without a drift it is N(0, I), as for stock schedulers, or $N(0, \sigma_T^2)$ with a table of sigmas.

@@ -6,9 +6,10 @@ moves with the angle as
 $$ z(\theta) = \frac{r_q(\theta)}{r_q(\theta_0)} z(\theta_0), \qquad r_q = \sqrt{\cos^2\theta + q \sin^2\theta} ,
    \qquad F = \frac{r_q'}{r_q} z = \frac{(q - 1) \sin\theta \cos\theta}{r_q^2} z : $$
 
-$\hat x_0$ is constant for $q \to 0$, and $\hat\epsilon$ for $q \to \infty$. Data with several modes are such Gaussians
-too, a wide one at noise and, in each mode, a narrow one near the data. So a step's weights $w_j$ of the last values of
-F are those that minimise, over a log-normal prior of q around 1,
+$\hat x_0$ is constant for $q \to 0$; $\hat\epsilon$ is for $q \to \infty$, where z moves as it does for a mean that is not
+what it is taken for. Data with several modes are such Gaussians too, a wide one at noise and, in each mode, a narrow
+one near the data. So a step's weights $w_j$ of the last values of F are those that minimise, over a log-normal prior
+of q around 1,
 
 $$ E_q \frac q {1 + q} \Bigl( \frac{r_q(\theta_{i+1}) - z_i - \sum_j w_j F_{i-j}}{r_q(\theta_{i+1})} \Bigr)^2
    + \eta^2 \sum_j (w_j - u_j)^2, \qquad \sum_j w_j = \theta_{i+1} - \theta_i , $$

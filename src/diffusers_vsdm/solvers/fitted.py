@@ -12,13 +12,15 @@ one near the data. So a step's weights $w_j$ of the last values of F are those t
 of q around 1,
 
 $$ E_q \frac q {1 + q} \Bigl( \frac{r_q(\theta_{i+1}) - z_i - \sum_j w_j F_{i-j}}{r_q(\theta_{i+1})} \Bigr)^2
-   + \eta^2 \sum_j (w_j - u_j)^2, \qquad \sum_j w_j = \theta_{i+1} - \theta_i , $$
+   + \eta_i^2 \sum_j (w_j - u_j)^2, \qquad \sum_j w_j = \theta_{i+1} - \theta_i , $$
 
 where $z$ and $F$ are what the solver itself has made of that Gaussian up to then, from $z_0 = r_q(\theta_0)$: what
 earlier steps did wrong, the first ones above all, is taken back. $q / (1 + q)$ stands for errors in the data's own
-units. $u$ are the weights of the polynomial of `trig`, which those here may leave the less the more steps there are:
-$\eta$ is inverse to their number. It is the noise of a regression, for what is in F that no Gaussian explains, and
-keeps the weights small where the values of F hardly tell one q from another.
+units. $u$ are the weights of the polynomial of `trig`, which those here may leave the less the more steps there are, and where
+a step is longer in the angle than the one before, as the last one is in dimensions that are narrower than the first
+training time's noise. $\eta_i$ is inverse to the number of steps, times that ratio. It is the noise of a regression,
+for what is in F that no Gaussian explains, and keeps the weights small where the values of F hardly tell one q from
+another.
 
 References:
     O'Hagan (1991), "Bayes-Hermite Quadrature": weights that err least, in the mean over a prior of integrands.
@@ -37,7 +39,7 @@ from .trigonometric import ORDER, AngularPath
 NODES = 4
 DECADES = 1.0  # standard deviation of the prior's log10 q
 PRIOR_POINTS = 16  # of Gauss-Hermite quadrature over the prior
-SLACK = 0.3  # eta times the number of steps
+SLACK = 0.3  # eta times the number of steps, in a step that is no longer than the one before
 
 
 def trig_fitted(lam: Tensor, g: Tensor, g_next: Tensor, data_variance: Tensor) -> Coefficients:
@@ -51,6 +53,9 @@ def trig_fitted(lam: Tensor, g: Tensor, g_next: Tensor, data_variance: Tensor) -
     def spread(angle: Tensor) -> Tensor:
         return (angle.cos() ** 2 + q * angle.sin() ** 2).sqrt()
 
+    turns = path.ends - path.angles
+    stretch = torch.cat([torch.ones_like(turns[:1]), turns[1:] / turns[:-1]]).clamp(min=1.0)
+    penalties = (SLACK / len(g) * stretch) ** 2
     z = spread(path.angles[0])
     velocities: list[Tensor] = []
     weights = []
@@ -62,7 +67,7 @@ def trig_fitted(lam: Tensor, g: Tensor, g_next: Tensor, data_variance: Tensor) -
         row += [torch.zeros_like(row[0])] * (count - len(row))
         missing = end - z - _combined(row, velocities)
         slopes = [v - velocities[0] for v in velocities[1:count]]  # what moves weight from the newest to an older one
-        change = _ridge(slopes, missing, importance / end**2, (SLACK / len(g)) ** 2)
+        change = _ridge(slopes, missing, importance / end**2, penalties[i])
         row = [w + c for w, c in zip(row, [-sum(change, torch.zeros_like(row[0])), *change], strict=True)]
         z = z + _combined(row, velocities)
         weights.append(row)
@@ -73,7 +78,7 @@ def _combined(weights: list[Tensor], values: list[Tensor]) -> Tensor:
     return torch.stack([w * v for w, v in zip(weights, values, strict=False)]).sum(0)
 
 
-def _ridge(slopes: list[Tensor], target: Tensor, importance: Tensor, penalty: float) -> list[Tensor]:
+def _ridge(slopes: list[Tensor], target: Tensor, importance: Tensor, penalty: Tensor) -> list[Tensor]:
     """The `c` least in `sum importance (target - c . slopes)^2 + penalty (|c|^2 + (sum c)^2)`, elementwise.
 
     The sum is over the first dimension. By Gaussian elimination, which needs no pivots in a positive definite matrix.

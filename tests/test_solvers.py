@@ -12,6 +12,7 @@ from diffusers_vsdm.schedulers import scheduling_vsdm
 from diffusers_vsdm.schedulers.grids import TIME_GRIDS
 from diffusers_vsdm.schedulers.parameterization import PARAMETERIZATIONS
 from diffusers_vsdm.solvers import SOLVERS
+from diffusers_vsdm.solvers.fitted import trig_fitted
 
 from .problems import ANISOTROPIC, EXPLODING, DiagonalGaussian, benchmarks, run, scheduler_for
 
@@ -124,6 +125,18 @@ def test_fitted_weights_err_less_on_gaussians_of_other_variances(steps, most, la
         exact = problem.flow(x, start, torch.zeros(()))
         errors[solver] = float((((run(scheduler, problem, x) - exact) / exact) ** 2 * share).sum().sqrt())
     assert errors["trig-fitted"] < most * errors["trig"]
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50, 200])
+def test_fitted_weights_do_not_amplify_errors_in_dimensions_that_hardly_vary(steps):
+    """Their angle turns in the last step, most of it. A penalty that does not know so multiplies errors by 40 there."""
+    g = VSDMScheduler().integrated_beta
+    grid = g[torch.linspace(len(g) - 1, 0, steps).round().long()][:, None]
+    lam, variance = torch.tensor([1.0, 1.0, 0.3, 400.0]).double(), torch.tensor([1e-8, 1e-6, 1e-5, 1.0]).double()
+    coefficients = trig_fitted(lam, grid, torch.cat([grid[1:], torch.zeros_like(grid[:1])]), variance)
+    rows = torch.stack([column for name, column in coefficients.columns().items() if name.startswith("velocity")])
+    assert rows.isfinite().all()
+    assert (rows[:, -1, :3].abs().sum(0) < 12 * rows[:, -1, :3].sum(0).abs()).all()
 
 
 @pytest.mark.parametrize("widest", [0.0, 100.0])

@@ -6,21 +6,21 @@ moves with the angle as
 $$ z(\theta) = \frac{r_q(\theta)}{r_q(\theta_0)} z(\theta_0), \qquad r_q = \sqrt{\cos^2\theta + q \sin^2\theta} ,
    \qquad F = \frac{r_q'}{r_q} z = \frac{(q - 1) \sin\theta \cos\theta}{r_q^2} z : $$
 
-$\hat x_0$ is constant for $q \to 0$; $\hat\epsilon$ is for $q \to \infty$, where z moves as it does for a mean that is not
-what it is taken for. Data with several modes are such Gaussians too, a wide one at noise and, in each mode, a narrow
-one near the data. So a step's weights $w_j$ of the last values of F are those that minimise, over a log-normal prior
-of q around 1,
+$\hat x_0$ is constant for $q \to 0$; $\hat\epsilon$ is for $q \to \infty$, where z moves as it does for a mean that is
+not what it is taken for. Data with several modes are such Gaussians too, a wide one at noise and, in each mode, a
+narrow one near the data. So a step's weights $w_j$ of the last values of F are those that minimise, over a log-normal
+prior of q around 1,
 
 $$ E_q \frac q {1 + q} \Bigl( \frac{r_q(\theta_{i+1}) - z_i - \sum_j w_j F_{i-j}}{r_q(\theta_{i+1})} \Bigr)^2
    + \eta_i^2 \sum_j (w_j - u_j)^2, \qquad \sum_j w_j = \theta_{i+1} - \theta_i , $$
 
 where $z$ and $F$ are what the solver itself has made of that Gaussian up to then, from $z_0 = r_q(\theta_0)$: what
 earlier steps did wrong, the first ones above all, is taken back. $q / (1 + q)$ stands for errors in the data's own
-units. $u$ are the weights of the polynomial of `trig`, which those here may leave the less the more steps there are, and where
-a step is longer in the angle than the one before, as the last one is in dimensions that are narrower than the first
-training time's noise. $\eta_i$ is inverse to the number of steps, times that ratio. It is the noise of a regression,
-for what is in F that no Gaussian explains, and keeps the weights small where the values of F hardly tell one q from
-another.
+units. $u$ are the weights of the polynomial of `trig`, which those here may leave the less the more steps there are,
+and the less the longer a step is in the angle beside the one before, as the last one is in dimensions that are
+narrower than the first training time's noise: $\eta_i$ is inverse to the number of steps, times that ratio. It is the
+noise of a regression, for what is in F that no Gaussian explains, and keeps the weights small where the values of F
+hardly tell one q from another.
 
 References:
     O'Hagan (1991), "Bayes-Hermite Quadrature": weights that err least, in the mean over a prior of integrands.
@@ -39,6 +39,7 @@ from .trigonometric import ORDER, AngularPath
 NODES = 4
 DECADES = 1.0  # standard deviation of the prior's log10 q
 PRIOR_POINTS = 16  # of Gauss-Hermite quadrature over the prior
+TINY = torch.finfo(torch.float64).tiny  # where no angle is left at all
 SLACK = 0.3  # eta times the number of steps, in a step that is no longer than the one before
 
 
@@ -54,7 +55,7 @@ def trig_fitted(lam: Tensor, g: Tensor, g_next: Tensor, data_variance: Tensor) -
         return (angle.cos() ** 2 + q * angle.sin() ** 2).sqrt()
 
     turns = path.ends - path.angles
-    stretch = torch.cat([torch.ones_like(turns[:1]), turns[1:] / turns[:-1]]).clamp(min=1.0)
+    stretch = torch.cat([torch.ones_like(turns[:1]), turns[1:] / turns[:-1].clamp(min=TINY)]).clamp(min=1.0)
     penalties = (SLACK / len(g) * stretch) ** 2
     z = spread(path.angles[0])
     velocities: list[Tensor] = []

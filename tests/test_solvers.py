@@ -129,7 +129,7 @@ def test_fitted_weights_err_less_on_gaussians_of_other_variances(steps, most, la
 
 @pytest.mark.parametrize("steps", [10, 20, 50, 200])
 def test_fitted_weights_do_not_amplify_errors_in_dimensions_that_hardly_vary(steps):
-    """Their angle turns in the last step, most of it. A penalty that does not know so multiplies errors by 40 there."""
+    """Their angle turns in the last step. A penalty that does not know so multiplies errors by 40 there."""
     g = VSDMScheduler().integrated_beta
     grid = g[torch.linspace(len(g) - 1, 0, steps).round().long()][:, None]
     lam, variance = torch.tensor([1.0, 1.0, 0.3, 400.0]).double(), torch.tensor([1e-8, 1e-6, 1e-5, 1.0]).double()

@@ -40,7 +40,7 @@ NODES = 4
 DECADES = 1.0  # standard deviation of the prior's log10 q
 PRIOR_POINTS = 16  # of Gauss-Hermite quadrature over the prior
 TINY = torch.finfo(torch.float64).tiny  # where no angle is left at all
-SLACK = 0.3  # eta times the number of steps, in a step that is no longer than the one before
+SLACK = 0.2  # eta times the number of steps, in a step that is no longer than the one before
 
 
 def trig_fitted(lam: Tensor, g: Tensor, g_next: Tensor, data_variance: Tensor) -> Coefficients:

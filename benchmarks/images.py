@@ -87,6 +87,7 @@ TABLE_METHODS: dict[str, dict[str, Any]] = {
     "VSDM, one": METHODS["VSDM, one"],
     "VSDM, per channel": METHODS["VSDM, per channel"] | {"basis": "dct"},
     "VSDM, per pixel": METHODS["VSDM, per pixel"],
+    "SGM, pixels": {"baseline": "sgm"},
 }
 TABLE_RUNS, TABLE_IMAGES = ("trig@6", "trig@10", "trig@20", "trig@35", "euler-maruyama@200"), 2000
 REFERENCE_IMAGES = 2000
@@ -240,9 +241,10 @@ def table(data: Path, cores: int) -> None:
 
 @torch.no_grad()
 def flow(data: Path, cores: int) -> None:
-    """Distances from the ends of the flow of the table's models, as root mean squares over an image, in float32."""
+    """Root mean square distances from the ends of the flow of the trained models of the table, in float32."""
     runs = []
-    for name in TABLE_METHODS:
+    trained = [name for name in TABLE_METHODS if (WORK / "table" / slug(name) / "metrics.json").exists()]
+    for name in trained:
         pipeline = VSDMPipeline.from_pretrained(WORK / "table" / slug(name))
         network, drift = pipeline.unet.eval(), pipeline.scheduler.drift
         start = pipeline.scheduler.sample_prior(

@@ -213,7 +213,7 @@ def test_guidance_needs_classes(pipeline, distances, tmp_path):
 
 
 TWO_PROCESSES = """
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from diffusers_vsdm.trainer import evaluation, fidelity
@@ -224,18 +224,18 @@ config = evaluation.EvaluationConfig(
     pretrained_model_name_or_path={model!r}, fidelity=True, statistics={statistics!r}, output_dir=sys.argv[1],
     num_images=10, batch_size=3, runs=["ddpm@4"],
 )
-made, write = [], fidelity.make_shards
+made, write, rank = [], fidelity.make_shards, os.environ.get("RANK", "0")
 def counting(folder, key, number, size, make, description):
+    time.sleep(int(rank))
     write(folder, key, number, size, lambda first, last: made.append(first) or make(first, last), description)
 fidelity.make_shards = counting
 record = evaluation.evaluate(config)
-rank = os.environ.get("RANK", "0")
 Path(sys.argv[1], f"rank-{{rank}}.json").write_text(json.dumps([made, record.get("runs")]))
 """
 
 
 def test_processes_share_the_pieces(pipeline, tmp_path):
-    """Two of them, by torchrun: each makes its half, and the samples are those of one."""
+    """Two of them, by torchrun, one a second late: each makes its half, and the samples are those of one."""
     pipeline.save_pretrained(tmp_path / "model")
     FeatureStatistics.of(torch.randn(9, 12)).save(tmp_path / "statistics.npz")
     root = Path(__file__).parents[1]

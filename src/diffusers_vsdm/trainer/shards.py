@@ -34,6 +34,7 @@ def make_shards(folder: Path, key: str, number: int, size: int, make: Make, desc
     state = process_state()
     pieces = [(index, first, min(first + size, number)) for index, first in enumerate(range(0, number, size))]
     missing = [piece for piece in pieces if not _is_there(_file(folder, piece[0]), f"{key} {piece[1:]}")]
+    state.wait_for_everyone()  # before the first is written, or they would not agree on what is missing
     mine = missing[state.process_index :: state.num_processes]
     for index, first, last in tqdm(mine, description, leave=False, disable=not state.is_main_process or not mine):
         tensors = {name: tensor.contiguous() for name, tensor in make(first, last).items()}

@@ -93,7 +93,7 @@ SOLVERS: dict[str, Solver] = {
     "ipndm": Solver(_several(ipndm, 1, 2, 2, 2), multistep=True),
     "trig": Solver({3: Rule(trig, order=3, history=2)}, time_grid="quadratic", multistep=True, uses_moments=True),
     "trig-fitted": Solver(
-        {3: Rule(trig_fitted, order=3, history=3)}, time_grid="quadratic", multistep=True, uses_moments=True
+        {3: Rule(trig_fitted, order=2, history=3)}, time_grid="quadratic", multistep=True, uses_moments=True
     ),
 }
 

@@ -37,7 +37,8 @@ from .exponential import blind_calls, columns, moment_weights
 
 
 LEAST_VARIANCE = 1e-8  # of the largest, or of 1: dimensions that do not vary take the limit v -> 0
-QUADRATURE_POINTS = 12
+POINTS, SHARES = (torch.from_numpy(x) / 2 for x in np.polynomial.legendre.leggauss(12))  # of Gauss-Legendre quadrature
+POINTS = POINTS + 0.5
 ORDER = 3  # of 1 to 4 the best one over problems and numbers of steps
 MOST_AMPLIFICATION = 5.0  # of errors of the nodes in a step; in equal steps it is 11 / 3 at order 3, and 2 at order 2
 
@@ -82,14 +83,12 @@ class AngularPath:
             nodes.pop()
         total = self.ends[i] - self.angles[i]
         # by parts: of the angle itself, which is smoother than its rate
-        points, shares = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(QUADRATURE_POINTS))
-        points, shares = (points + 1) / 2, shares / 2
         turned = (
-            [self._angle((clock[i] + point * step) ** 4) - self.angles[i] for point in points] if nodes[1:] else []
+            [self._angle((clock[i] + point * step) ** 4) - self.angles[i] for point in POINTS] if nodes[1:] else []
         )
         moments = [total]
         for k in range(1, len(nodes)):
-            rest = sum(w * p ** (k - 1) * t for w, p, t in zip(shares, points, turned, strict=True))
+            rest = sum(w * p ** (k - 1) * t for w, p, t in zip(SHARES, POINTS, turned, strict=True))
             moments.append(total - k * rest)
         return moment_weights(nodes, moments)
 

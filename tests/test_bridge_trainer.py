@@ -13,6 +13,8 @@ from diffusers_vsdm.trainer.bridge import BridgeConfig, BridgeTrainer, train_bri
 from diffusers_vsdm.trainer.checkpoint import list_checkpoints
 from diffusers_vsdm.trainer.loop import train
 
+from .processes import run_python
+
 
 def tiny(**settings):
     given = {"dataset_name": "moons", "standardize": True, "beta_max": 3.0, "prior_type": "conditional"}
@@ -123,10 +125,54 @@ def test_paths_that_blow_up_keep_the_last_checkpoint(start, tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path / "bridge")] == ["checkpoint-1"]
 
 
-def test_one_process(monkeypatch):
-    monkeypatch.setattr(bridge.process_state(), "num_processes", 2)
-    with pytest.raises(ValueError, match="one process"):
-        train_bridge(tiny())
+def _one_of_two(folder):
+    """A run of each objective, then one whose paths are not finite in the second process alone."""
+    torch.set_num_threads(1)
+    share, steps = BridgeTrainer._share_gradients, []
+
+    def recorded(trainer, sides):
+        parameters = [p for side in sides for p in side.network.parameters()]
+        before = torch.cat([p.grad.flatten() for p in parameters])
+        share(trainer, sides)
+        steps.append(torch.stack([before, torch.cat([p.grad.flatten() for p in parameters])]))
+
+    BridgeTrainer._share_gradients = recorded
+    trained = {}
+    for objective in bridge.OBJECTIVES:
+        settings = {"objective": objective, "output_dir": str(folder / objective), "checkpointing_steps": 1}
+        config = tiny(
+            bridge_stages=1, bridge_steps=2, bridge_refresh=2, max_train_steps=5, bridge_num_steps=5, **settings
+        )
+        trained[objective] = weights(train_bridge(config).pipeline), steps.copy()
+        steps.clear()
+    index = bridge.process_state().process_index
+    torch.save(trained, folder / f"{index}.pt")
+    if index:
+        bridge.TwoSidedProcess._at = lambda self, policy, x, k: torch.full_like(x, torch.inf)
+    with pytest.raises(FloatingPointError, match="forward paths|backward paths|another process"):
+        train_bridge(config)
+    (folder / f"{index}.done").touch()
+
+
+def test_two_processes_share_their_gradients(tmp_path):
+    code = (
+        "from pathlib import Path; from accelerate import debug_launcher; from tests import test_bridge_trainer as t;"
+        f" debug_launcher(t._one_of_two, (Path({str(tmp_path)!r}),), num_processes=2)"
+    )
+    run_python(["-c", code]).check_returncode()
+    first, second = (torch.load(tmp_path / f"{index}.pt") for index in range(2))
+    for objective, (expected, steps) in first.items():
+        other, other_steps = second[objective]
+        assert len(steps) == 4 and all(torch.equal(t, other[name]) for name, t in expected.items())
+        for (mine, shared), (theirs, also_shared) in zip(steps, other_steps, strict=True):
+            assert not torch.allclose(mine, theirs)  # of different paths
+            torch.testing.assert_close(shared, (mine + theirs) / 2)
+            assert torch.equal(shared, also_shared)
+        assert [path.name for path in list_checkpoints(tmp_path / objective / "bridge")] == [
+            "checkpoint-1",
+            "checkpoint-2",
+        ]
+    assert all((tmp_path / f"{index}.done").exists() for index in range(2))
 
 
 def test_images_with_attention(tmp_path):
@@ -159,8 +205,10 @@ def test_between_two_data_sets():
         ({"bridge_corrector_steps": -1}, "bridge_corrector_steps"),
         ({"prior_dataset_name": "cifar10"}, "prior_dataset_name"),
         ({"prior_dataset_name": "moons"}, "standardize"),
+        ({"prior_dataset_name": "moons", "standardize": False, "objective": "joint"}, "density"),
         ({"lambda_varies": True, "zeta": 1.0}, "lambda_varies"),
         ({"objective": "both"}, "objective"),
+        ({"mixed_precision": "fp16"}, "fp16"),
         ({"ddpm_beta_schedule": "brownian", "sigma_max": 0.0}, "sigma_max"),
     ],
 )

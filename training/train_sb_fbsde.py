@@ -14,6 +14,7 @@ from diffusers_vsdm import VSDMPipeline
 from diffusers_vsdm.command_line import finish, parse, told
 from diffusers_vsdm.trainer.bridge import BridgeConfig, train_bridge
 from diffusers_vsdm.trainer.bridge_report import write_bridge_report
+from diffusers_vsdm.trainer.processes import process_state
 
 
 def main() -> None:
@@ -23,9 +24,10 @@ def main() -> None:
         folder = Path(config.output_dir) / "start"
         has_start = config.resume_from_checkpoint and (folder / "model_index.json").exists()
         result = train_bridge(config, VSDMPipeline.from_pretrained(folder) if has_start else None, folder)
-    metrics = write_bridge_report(config, result)["metrics"]
-    seconds = f"{metrics['start_seconds']:.0f} s for the start and {metrics['seconds']:.0f} s for the bridge"
-    finish(config, repo_id, seconds)
+    if process_state().is_main_process:
+        metrics = write_bridge_report(config, result)["metrics"]
+        seconds = f"{metrics['start_seconds']:.0f} s for the start and {metrics['seconds']:.0f} s for the bridge"
+        finish(config, repo_id, seconds)
 
 
 if __name__ == "__main__":

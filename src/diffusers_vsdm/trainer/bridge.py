@@ -24,11 +24,11 @@ References:
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -62,6 +62,7 @@ from .setup import build_data, build_network
 OBJECTIVES = ("matching", "alternating", "joint")
 FORWARD, BACKWARD = 1, -1
 Pair = tuple[Tensor, Tensor]
+T = TypeVar("T")
 
 
 @dataclass
@@ -82,7 +83,7 @@ class BridgeConfig(TrainingConfig):
     )
     bridge_stages: int = setting(5, "Pairs of half bridges.")
     bridge_steps: int = setting(1000, "Gradient steps of each half bridge.")
-    bridge_paths: int = setting(1024, "Simulated paths that are kept and drawn from.")
+    bridge_paths: int = setting(1024, "Simulated paths that are kept and drawn from, per process.")
     bridge_refresh: int = setting(100, "Gradient steps between new ones.")
     bridge_num_steps: int = setting(0, "Steps of a path; 0 for all training times.")
     bridge_corrector_steps: int = setting(0, "Langevin steps after each of them.")
@@ -103,12 +104,16 @@ class BridgeConfig(TrainingConfig):
         for name in ("control_energy", "bridge_corrector_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if self.mixed_precision == "fp16":
+            raise ValueError("`mixed_precision` 'fp16' is not for bridges, whose losses are not scaled: use 'bf16'.")
         if self.lambda_varies:
             raise ValueError("`lambda_varies` gives no reference for a bridge: leave it out.")
         if self.prior_dataset_name and (self.prior_dataset_name not in TOYS or not self.is_toy):
             raise ValueError(f"`prior_dataset_name` must be one of {tuple(TOYS)}, and the data a toy too.")
         if self.class_conditional:
             raise ValueError("`class_conditional` is not for bridges: leave it out.")
+        if self.prior_dataset_name and self.objective == "joint":
+            raise ValueError("`objective` 'joint' needs the density of the prior, which `prior_dataset_name` has not.")
         if self.prior_dataset_name and self.standardize:
             raise ValueError("`standardize` is of one data set: leave it out between two.")
 
@@ -142,6 +147,8 @@ class _Side:
 
 class BridgeTrainer:
     """One run, from a trained model on.
+
+    Each process simulates paths and draws batches of its own, and all descend along the mean of their gradients.
 
     Args:
         config ([`BridgeConfig`]): The settings.
@@ -200,7 +207,9 @@ class BridgeTrainer:
             self.half += 1
             self.seconds = time.perf_counter() - started
             if config.checkpointing_steps:
-                self.save()
+                if self.accelerator.is_main_process:
+                    self.save()
+                self.accelerator.wait_for_everyone()
         for side in self.sides.values():
             side.ema.copy_to(side.network.parameters())
             side.network.eval()
@@ -253,7 +262,8 @@ class BridgeTrainer:
         log_prior = self.pipeline.scheduler.prior(self.accelerator.device, torch.float32).log_prob
         losses: list[Tensor] = []
         for _, generator in self._steps(f"Half bridge {self.half + 1}/{self.num_halves}"):
-            path, controls = process.run(self._ends(FORWARD, config.train_batch_size), FORWARD, generator)
+            start = self._ends(FORWARD, config.train_batch_size)
+            path, controls = self._in_all(process.run, start, FORWARD, generator)
             # one time of each path, for the integral
             at = torch.multinomial(widths, path.shape[1], replacement=True, generator=generator)
             which = torch.arange(path.shape[1], device=path.device)
@@ -271,8 +281,10 @@ class BridgeTrainer:
         """Numbered gradient steps of this half bridge, each with its own randomness."""
         config = self.config
         done = self.half * config.bridge_steps
-        for step in tqdm(range(config.bridge_steps), name, leave=False):
-            self.generator.manual_seed((config.seed + 1) * 1_000_000_007 + (done + step) * 104_729)
+        hidden, process_index = not self.accelerator.is_local_main_process, self.accelerator.process_index
+        for step in tqdm(range(config.bridge_steps), name, leave=False, disable=hidden):
+            seed = (config.seed + 1) * 1_000_000_007 + (done + step) * 104_729 + process_index * 15_485_863
+            self.generator.manual_seed(seed)
             progress = (done + step) / (self.num_halves * config.bridge_steps)
             for side in self.sides.values():
                 side.optimizer.param_groups[0]["lr"] = (
@@ -286,9 +298,21 @@ class BridgeTrainer:
         side, start = self.sides[direction], self._ends(direction, self.config.bridge_paths)
         with averaged(side.network, side.ema):
             if self.config.objective != "matching":
-                return self.process.run(start, direction, self.generator)
-            end = self.process.arrive(start, direction, self.generator)
+                return self._in_all(self.process.run, start, direction, self.generator)
+            end = self._in_all(self.process.arrive, start, direction, self.generator)
         return (start, end) if direction == FORWARD else (end, start)
+
+    def _in_all(self, simulate: Callable[..., T], *arguments: Any) -> T:
+        """What is simulated; paths that blow up in one process end all, that none should wait for it."""
+        error, found = None, None
+        try:
+            found = simulate(*arguments)
+        except FloatingPointError as blown:
+            error = blown
+        failed = torch.tensor(float(error is not None), device=self.accelerator.device)
+        if self.accelerator.reduce(failed):
+            raise error or FloatingPointError("Paths of another process are not finite.")
+        return cast(T, found)
 
     def _ends(self, direction: int, number: int) -> Tensor:
         """Samples of the data (forward) or of the prior (backward), in model units."""
@@ -314,18 +338,29 @@ class BridgeTrainer:
         return "exact" if x[0].numel() <= MOST_EXACT // 16 else "rademacher"
 
     def _descend(self, loss: Tensor, *directions: int) -> Tensor:
-        """A step of the optimizers of these networks; returns the loss."""
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {float(loss)}.")
+        """A step of the optimizers of these networks; returns the loss, the mean over the processes."""
+        mean = self.accelerator.reduce(loss.detach(), "mean")
+        if not torch.isfinite(mean):
+            raise FloatingPointError(f"the loss is {float(mean)}.")
         sides = [self.sides[direction] for direction in directions]
         for side in sides:
             side.optimizer.zero_grad()
         loss.backward()
+        self._share_gradients(sides)
         for side in sides:
             torch.nn.utils.clip_grad_norm_(side.network.parameters(), self.config.max_grad_norm)
             side.optimizer.step()
             side.ema.step(side.network.parameters())
-        return loss.detach()
+        return mean
+
+    def _share_gradients(self, sides: list[_Side]) -> None:
+        """The mean over the processes. (DDP takes one call of a network in a step, joint training makes many.)"""
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [p.grad for side in sides for p in side.network.parameters() if p.grad is not None]
+        mean = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def _side(self, network: ModelMixin) -> _Side:
         config = self.config
@@ -404,16 +439,14 @@ def train_bridge(
     """Train a bridge, from `start` if given, else from a model that is trained first and saved in `start_folder`.
 
     Raises:
-        ValueError: The settings do not fit each other or the data, or there are several processes.
+        ValueError: The settings do not fit each other or the data.
         FloatingPointError: Paths or a loss are not finite.
     """
-    if process_state().num_processes > 1:
-        raise ValueError("Bridges are trained on one process: launch with `--num_processes 1`.")
     start_seconds = 0.0
     if start is None:
         result = train(config)
         start, start_seconds = result.pipeline, result.seconds
-        if start_folder is not None:
+        if start_folder is not None and process_state().is_main_process:
             start.save_pretrained(start_folder)
     network = copy.deepcopy(start.unet)  # goes on, and the start stays what it was
     trainer = BridgeTrainer(config, VSDMPipeline(network, start.scheduler, start.normalizer))

@@ -4,6 +4,7 @@
     python -m benchmarks.images pilot --data DATA      # at 16x16, every method with every beta_max
     python -m benchmarks.images table --data DATA      # at 32x32, every method as the pilot found best
     python -m benchmarks.images flow --data DATA       # how near few-step solvers come to the flow's end there
+    python -m benchmarks.images bridge --data DATA     # at 16x16, SB-FBSDE where the process is too short
     python -m benchmarks.images spectrum --data DATA   # the learned lambda beside the data's spectrum
 
 DATA is a folder with `cifar10/`, the data set as on the Hub; `fid/inception_2015_12_05_features.safetensors`, the
@@ -90,6 +91,17 @@ TABLE_METHODS: dict[str, dict[str, Any]] = {
     "SGM, pixels": {"baseline": "sgm"},
 }
 TABLE_RUNS, TABLE_IMAGES = ("trig@6", "trig@10", "trig@20", "trig@35", "euler-maruyama@200"), 2000
+# as many gradient steps of all networks together
+BRIDGE = PILOT | {"prediction_type": "edm", "time_sampling": "log_normal", "max_train_steps": 2000}
+BRIDGE_METHODS: dict[str, dict[str, Any]] = {
+    "SGM, 10": METHODS["SGM"] | {"beta_max": 10},
+    "SGM, 3": METHODS["SGM"] | {"beta_max": 3},
+    "VSDM, per frequency, 3": METHODS["VSDM, per frequency"] | {"beta_max": 3},
+    "SB-FBSDE, 3": METHODS["SGM"]
+    | {"beta_max": 3, "max_train_steps": 1000, "bridge_stages": 4, "bridge_steps": 125}
+    | {"bridge_paths": 256, "bridge_refresh": 25, "bridge_num_steps": 20},
+}
+BRIDGE_RUNS = ("trig@6", "trig@20", "euler-maruyama@50")
 REFERENCE_IMAGES = 2000
 FLOW_SOLVERS = ("trig-fitted", "trig", "unipc:3/log_snr_mean", "dpmsolver++:2/quadratic", "ipndm:3/log_snr_mean")
 FLOW_CALLS, FLOW_END, FLOW_IMAGES = (5, 6, 8, 10, 20), "unipc:2/log_snr_mean@250", 16
@@ -136,7 +148,8 @@ def train(name: str, settings: dict[str, Any], data: Path, core: int) -> None:
     own |= {"checkpoints_total_limit": 1, "overwrite_output_dir": True}
     if list(folder.glob("checkpoint-*")):
         own["resume_from_checkpoint"] = "latest"
-    launch("training/train_vsdm.py", settings | own, folder.with_name(f"{folder.name}.log"), core)
+    script = f"training/train_{'sb_fbsde' if 'bridge_stages' in settings else 'vsdm'}.py"
+    launch(script, settings | own, folder.with_name(f"{folder.name}.log"), core)
 
 
 def measure(name: str, settings: dict[str, Any], run: str, data: Path, core: int) -> dict[str, Any]:
@@ -200,7 +213,7 @@ def study(
             if missing:
                 train(f"{name}/{slug(model)}", models[model], data, core)
                 trained = json.loads((WORK / name / slug(model) / "metrics.json").read_text())["metrics"]
-                add(model, {"seconds": trained["seconds"], "lambda": trained["lambda"]})
+                add(model, {key: trained[key] for key in ("seconds", "start_seconds", "lambda") if key in trained})
             for run in missing:
                 add(model, measure(f"{name}/{slug(model)}", evaluation, run, data, core))
         finally:
@@ -237,6 +250,13 @@ def table(data: Path, cores: int) -> None:
     evaluation = {"resolution": 32, "num_images": TABLE_IMAGES, "batch_size": 100}
     evaluation |= {"statistics": data / "fid" / "cifar10_train_stats.npz"}
     study("table", models, TABLE_RUNS, evaluation, data, cores)
+
+
+def bridge(data: Path, cores: int) -> None:
+    """Networks on both sides, and on one, of a short process and of one that is long enough."""
+    models = {name: BRIDGE | settings for name, settings in BRIDGE_METHODS.items()}
+    evaluation = {"resolution": 16, "num_images": PILOT_IMAGES, "batch_size": 100}
+    study("bridge", models, BRIDGE_RUNS, evaluation, data, cores)
 
 
 @torch.no_grad()
@@ -312,7 +332,7 @@ def chain(data: Path, cores: int) -> None:
     (RESULTS / "images_chain.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-STUDIES = {"chain": chain, "pilot": pilot, "table": table, "flow": flow, "spectrum": spectrum}
+STUDIES = {"chain": chain, "pilot": pilot, "table": table, "bridge": bridge, "flow": flow, "spectrum": spectrum}
 
 
 def main() -> None:

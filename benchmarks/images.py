@@ -74,6 +74,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "prediction_type": "edm",
         "time_sampling": "log_normal",
     },
+    "VSDM, per pixel, edm per pixel, log-normal times": METHODS["VSDM, per pixel"]
+    | {"prediction_type": "edm", "time_sampling": "log_normal"},
     "SGM, edm per frequency, log-normal times": METHODS["SGM, edm per frequency"] | {"time_sampling": "log_normal"},
     "VSDM, per frequency, zeta 0.75": METHODS["VSDM, per frequency"] | {"zeta": 0.75},
     "VSDM, per frequency, zeta 0.97": METHODS["VSDM, per frequency"] | {"zeta": 0.97},
@@ -88,7 +90,6 @@ TABLE_METHODS: dict[str, dict[str, Any]] = {
     "VSDM, one": METHODS["VSDM, one"],
     "VSDM, per channel": METHODS["VSDM, per channel"] | {"basis": "dct"},
     "VSDM, per pixel": METHODS["VSDM, per pixel"],
-    "SGM, pixels": {"baseline": "sgm"},
 }
 TABLE_RUNS, TABLE_IMAGES = ("trig@6", "trig@10", "trig@20", "trig@35", "euler-maruyama@200"), 2000
 # as many gradient steps of all networks together

@@ -1,6 +1,11 @@
 """Training on both sides."""
 
 import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,12 +13,13 @@ import torch
 from PIL import Image
 
 from diffusers_vsdm import BridgePipeline
+from diffusers_vsdm.models import build_model
 from diffusers_vsdm.trainer import bridge
 from diffusers_vsdm.trainer.bridge import BridgeConfig, BridgeTrainer, train_bridge
 from diffusers_vsdm.trainer.checkpoint import list_checkpoints
 from diffusers_vsdm.trainer.loop import train
 
-from .processes import run_python
+from .processes import ROOT
 
 
 def tiny(**settings):
@@ -155,11 +161,19 @@ def _one_of_two(folder):
 
 
 def test_two_processes_share_their_gradients(tmp_path):
-    code = (
-        "from pathlib import Path; from accelerate import debug_launcher; from tests import test_bridge_trainer as t;"
-        f" debug_launcher(t._one_of_two, (Path({str(tmp_path)!r}),), num_processes=2)"
+    """By torchrun, after which, unlike after a fork, Accelerate may end the group of processes."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"from pathlib import Path\nfrom tests import test_bridge_trainer as t\nt._one_of_two(Path({str(tmp_path)!r}))"
     )
-    run_python(["-c", code]).check_returncode()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
     first, second = (torch.load(tmp_path / f"{index}.pt") for index in range(2))
     for objective, (expected, steps) in first.items():
         other, other_steps = second[objective]
@@ -175,17 +189,88 @@ def test_two_processes_share_their_gradients(tmp_path):
     assert all((tmp_path / f"{index}.done").exists() for index in range(2))
 
 
-def test_images_with_attention(tmp_path):
-    """The divergence of a network with attention is differentiated twice, along random directions."""
+@pytest.fixture
+def pictures(tmp_path):
     (tmp_path / "data").mkdir()
     for seed in range(8):
         pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "data" / f"{seed}.png")
     settings = {"train_data_dir": str(tmp_path / "data"), "dataset_name": "", "standardize": False}
     settings |= {"train_batch_size": 4, "bridge_stages": 1, "bridge_steps": 2, "bridge_paths": 4}
-    result = train_bridge(tiny(max_train_steps=2, bridge_num_steps=3, **settings))
+    return settings | {"max_train_steps": 2, "bridge_num_steps": 3}
+
+
+def test_images_with_attention(pictures):
+    """The divergence of a network with attention is differentiated twice, along random directions."""
+    result = train_bridge(tiny(**pictures))
     images = result.pipeline(2, num_inference_steps=3, output_type="np").images
     assert images.shape == (2, 16, 16, 3)
+
+
+def test_images_are_mirrored(pictures):
+    one, other = (
+        BridgeTrainer(tiny(**pictures, random_flip=flip), train(tiny(**pictures)).pipeline) for flip in (0, 1)
+    )
+    for trainer in (one, other):
+        trainer.generator.manual_seed(0)
+    plain, mirrored = one._ends(bridge.FORWARD, 32), other._ends(bridge.FORWARD, 32)
+    known = [(x == y).all() or (x.flip(-1) == y).all() for x, y in zip(plain, mirrored, strict=True)]
+    assert all(known) and 8 < sum(not torch.equal(x, y) for x, y in zip(plain, mirrored, strict=True)) < 24
+
+
+def test_dropout_resumes_to_the_bit(pictures, tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(dict(build_model("tiny", (3, 16, 16), 20).config) | {"dropout": 0.5})
+    )
+    settings = pictures | {"model_config_name_or_path": str(tmp_path / "config.json"), "checkpointing_steps": 1}
+    config = tiny(**settings, output_dir=str(tmp_path / "run"))
+    folder = tmp_path / "run" / "start"
+    whole = weights(train_bridge(config, start_folder=folder).pipeline)
+    shutil.rmtree(tmp_path / "run" / "bridge" / "checkpoint-2")
+    torch.rand(3)  # as another process would stand elsewhere
+    again = train_bridge(dataclasses.replace(config, resume_from_checkpoint="latest"), start_folder=folder)
+    assert all(torch.equal(t, whole[name]) for name, t in weights(again.pipeline).items()) and again.start_seconds > 0
+
+
+def test_a_start_of_other_settings_is_refused(tmp_path):
+    config = tiny(output_dir=str(tmp_path), bridge_stages=1, checkpointing_steps=1)
+    train_bridge(config, start_folder=tmp_path / "start")
+    shutil.rmtree(tmp_path / "bridge")
+    with pytest.raises(ValueError, match="beta_max"):
+        changed = dataclasses.replace(config, resume_from_checkpoint="latest", beta_max=4.0)
+        train_bridge(changed, start_folder=tmp_path / "start")
+    # what a fresh run finds is not its own
+    (tmp_path / "bridge" / "checkpoint-2").mkdir(parents=True)
+    train_bridge(config, start_folder=tmp_path / "start")
+    assert (tmp_path / "bridge" / "checkpoint-2" / "state.json").exists()
+
+
+@pytest.mark.parametrize("objective", bridge.OBJECTIVES)
+def test_a_gradient_that_is_not_finite_ends_the_run(start, objective, tmp_path, monkeypatch):
+    share, calls = BridgeTrainer._share_gradients, []
+
+    def spoils(trainer, sides):
+        share(trainer, sides)
+        calls.append(sides)
+        if len(calls) == 12:  # the last of the second half bridge
+            next(sides[0].network.parameters()).grad.fill_(torch.nan)
+
+    monkeypatch.setattr(BridgeTrainer, "_share_gradients", spoils)
+    with pytest.raises(FloatingPointError, match="Stage 1.*norm is nan"):
+        train_bridge(
+            tiny(objective=objective, output_dir=str(tmp_path), checkpointing_steps=1, bridge_num_steps=5), start
+        )
+    assert [path.name for path in list_checkpoints(tmp_path / "bridge")] == ["checkpoint-1"]
+
+
+def test_losses_are_logged(start, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = {"logger": "tensorboard", "logging_steps": 4, "bridge_stages": 1}
+    train_bridge(tiny(output_dir=str(tmp_path), **settings), start)
+    events = EventAccumulator(str(tmp_path / "logs" / "sb-fbsde"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [4, 8, 12]
 
 
 def test_between_two_data_sets():
@@ -208,7 +293,6 @@ def test_between_two_data_sets():
         ({"prior_dataset_name": "moons", "standardize": False, "objective": "joint"}, "density"),
         ({"lambda_varies": True, "zeta": 1.0}, "lambda_varies"),
         ({"objective": "both"}, "objective"),
-        ({"mixed_precision": "fp16"}, "fp16"),
         ({"ddpm_beta_schedule": "brownian", "sigma_max": 0.0}, "sigma_max"),
     ],
 )

@@ -13,7 +13,7 @@ from diffusers_vsdm import BridgePipeline, VSDMPipeline
 from diffusers_vsdm.hub.cards import render_card
 from diffusers_vsdm.hub.publishing import publish
 from diffusers_vsdm.trainer import TrainingConfig, train
-from diffusers_vsdm.trainer.bridge import BridgeResult, train_bridge
+from diffusers_vsdm.trainer.bridge import train_bridge
 from diffusers_vsdm.trainer.bridge_report import write_bridge_report
 from diffusers_vsdm.trainer.report import write_report
 
@@ -136,12 +136,13 @@ def test_a_bridge_is_pushed_whole_and_its_card_works(client, tmp_path, prior):
         standardize=not prior,
         **settings,
     )
-    pipeline = train_bridge(config).pipeline
-    write_bridge_report(config, BridgeResult(pipeline, pipeline, [], 0.0, 0.0))
+    result = train_bridge(config)
+    write_bridge_report(result)
     publish(tmp_path / "bridge", "alice/bridge")
     folder = client.snapshot_download("alice/bridge", cache_dir=tmp_path / "cache")
     found = BridgePipeline.from_pretrained(folder)
-    for mine, theirs in ((pipeline.unet, found.unet), (pipeline.forward_unet, found.forward_unet)):
+    for name in ("unet", "forward_unet"):
+        mine, theirs = getattr(result.pipeline, name), getattr(found, name)
         theirs = theirs.state_dict()
         assert all(np.array_equal(tensor, theirs[name]) for name, tensor in mine.state_dict().items())
     card = (Path(folder) / "README.md").read_text()

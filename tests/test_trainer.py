@@ -311,7 +311,7 @@ def test_the_likelihood_is_in_the_card_and_measured_again_by_the_command_line(la
 
 
 def test_networks_that_are_split_over_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(algorithm.Accelerator, "distributed_type", algorithm.DistributedType.FSDP)
+    monkeypatch.setattr(setup.Accelerator, "distributed_type", setup.DistributedType.FSDP)
     with pytest.raises(ValueError, match="FSDP.*multi_gpu"):
         loop.Trainer(tiny())
 

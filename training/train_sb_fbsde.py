@@ -10,7 +10,6 @@ the Hub.
 
 from pathlib import Path
 
-from diffusers_vsdm import VSDMPipeline
 from diffusers_vsdm.command_line import finish, parse, told
 from diffusers_vsdm.trainer.bridge import BridgeConfig, train_bridge
 from diffusers_vsdm.trainer.bridge_report import write_bridge_report
@@ -21,11 +20,10 @@ def main() -> None:
     """Parse the command line, train, and report."""
     with told(ValueError, OSError, FloatingPointError):
         config, repo_id = parse(BridgeConfig, __doc__)
-        folder = Path(config.output_dir) / "start"
-        has_start = config.resume_from_checkpoint and (folder / "model_index.json").exists()
-        result = train_bridge(config, VSDMPipeline.from_pretrained(folder) if has_start else None, folder)
+        result = train_bridge(config, start_folder=Path(config.output_dir) / "start")
+    process_state().destroy_process_group()
     if process_state().is_main_process:
-        metrics = write_bridge_report(config, result)["metrics"]
+        metrics = write_bridge_report(result)["metrics"]
         seconds = f"{metrics['start_seconds']:.0f} s for the start and {metrics['seconds']:.0f} s for the bridge"
         finish(config, repo_id, seconds)
 

@@ -66,6 +66,7 @@ def train(
         config, repo_id = parse(config_class, description)
         trainer = trainer_class(config)
     result = trainer.train()
+    process_state().destroy_process_group()
     if process_state().is_main_process:
         share = report(trainer, result)["metrics"]["sa_share"]
         summary = f"{result.seconds:.0f} s of training, {100 * share:.1f}% of it in stochastic approximation"

@@ -8,13 +8,12 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -29,13 +28,10 @@ from ..stochastic_approximation import StageOutput, StochasticApproximation
 from .averaging import averaged
 from .checkpoint import check_settings, find_checkpoint, inside, load_checkpoint, save_checkpoint
 from .config import RunConfig
-from .processes import process_state
-from .setup import as_it_is, build_scheduler
+from .setup import FUSED, as_it_is, build_accelerator, build_scheduler, seed_dropout
 
 
 LOSS_WINDOW = 100
-SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-FUSED = ("cpu", "cuda", "xpu")  # where AdamW is one kernel
 # of the weights that stages simulate with: the raw ones double the noise of the moments, slower ones lag behind lambda
 STAGE_EMA_DECAY = 0.99
 STAGE_TENSORS = ("sign_changes", "last_gradient")  # of stochastic approximation, in a checkpoint
@@ -117,28 +113,8 @@ class BaseTrainer(ABC):
     def __init__(self, config: RunConfig, data: Any = None):
         self.folder = Path(config.output_dir)
         set_seed(config.seed)
-        process_state()
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-            log_with=None if config.logger == "none" else config.logger,
-            project_config=ProjectConfiguration(
-                project_dir=str(self.folder), logging_dir=str(self.folder / config.logging_dir)
-            ),
-        )
-        if config.mixed_precision == "fp16" and self.accelerator.scaler is None:
-            # Accelerate would go on in float32, silently
-            raise ValueError(
-                f"`mixed_precision` 'fp16' needs a GPU, not {self.accelerator.device.type!r}: use 'bf16' or 'no'."
-            )
-        if self.accelerator.distributed_type in SHARDING:
-            raise ValueError(
-                f"Accelerate is configured for {self.accelerator.distributed_type.value}, which splits the network,"
-                " but averages and checkpoints here are of whole ones. Use data parallelism (`--multi_gpu`)."
-            )
-        self.config = config
+        self.accelerator = build_accelerator(config)
+        self.config = config = replace(config, mixed_precision=self.accelerator.mixed_precision)
         self.dataset = dataset = self._load(data)
         self.config = config = config.for_data(len(dataset), self.accelerator.num_processes)
         batches = self._moment_batches()
@@ -300,7 +276,8 @@ class BaseTrainer(ABC):
             if config.checkpointing_steps and self.step % config.checkpointing_steps == 0:
                 self.save()
         bar.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
         if self.ema is not None:
             self.ema.copy_to(self.network.parameters())
@@ -356,9 +333,7 @@ class BaseTrainer(ABC):
             self.config.seed * 1_000_000_007 + index,
         )
         self.generator.manual_seed(seed)
-        # without the detour over GPUs that are not there, about 3% of a toy's step
-        seed_dropout = torch.default_generator.manual_seed if accelerator.device.type == "cpu" else torch.manual_seed
-        seed_dropout(seed * accelerator.num_processes + accelerator.process_index)
+        seed_dropout(seed * accelerator.num_processes + accelerator.process_index, accelerator.device)
         whole = number * accelerator.num_processes
         mine = slice(number * accelerator.process_index, number * (accelerator.process_index + 1))
         draw: dict[str, Any] = {"generator": self.generator, "device": accelerator.device}

@@ -22,10 +22,12 @@ References:
 """
 
 import copy
+import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
@@ -40,10 +42,12 @@ from tqdm.auto import tqdm
 
 from ..bridges.two_sided import Policy, TwoSidedProcess
 from ..data import TOYS, sample_toy
+from ..files import write_atomically
 from ..objectives import implicit_matching
 from ..objectives.divergence import MOST_EXACT, divergence, draw_probe
 from ..pipelines import BridgePipeline, VSDMPipeline
 from ..schedulers.scheduling_vsdm import PRIORS
+from .algorithm import LOSS_WINDOW
 from .averaging import averaged
 from .checkpoint import (
     check_settings,
@@ -56,11 +60,12 @@ from .checkpoint import (
 from .config import TrainingConfig, setting
 from .loop import train
 from .processes import process_state
-from .setup import build_data, build_network
+from .setup import FUSED, build_accelerator, build_data, build_network, on_device, seed_dropout
 
 
 OBJECTIVES = ("matching", "alternating", "joint")
 FORWARD, BACKWARD = 1, -1
+BRIDGE_FOLDER, START_RECORD = "bridge", "start.json"
 Pair = tuple[Tensor, Tensor]
 T = TypeVar("T")
 
@@ -104,8 +109,6 @@ class BridgeConfig(TrainingConfig):
         for name in ("control_energy", "bridge_corrector_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
-        if self.mixed_precision == "fp16":
-            raise ValueError("`mixed_precision` 'fp16' is not for bridges, whose losses are not scaled: use 'bf16'.")
         if self.lambda_varies:
             raise ValueError("`lambda_varies` gives no reference for a bridge: leave it out.")
         if self.prior_dataset_name and (self.prior_dataset_name not in TOYS or not self.is_toy):
@@ -123,12 +126,14 @@ class BridgeResult:
     """What a run leaves behind.
 
     Attributes:
+        config: The settings, with the precision that Accelerate chose.
         start: The model that it started from.
         pipeline: The trained pipeline, with averaged weights.
         losses: Mean loss of the last hundred steps of each half bridge, in the order of training.
         start_seconds, seconds: Wall time of the training of either.
     """
 
+    config: BridgeConfig
     start: VSDMPipeline
     pipeline: BridgePipeline
     losses: list[float]
@@ -156,10 +161,11 @@ class BridgeTrainer:
     """
 
     def __init__(self, config: BridgeConfig, start: VSDMPipeline):
-        self.config, self.folder = config, Path(config.output_dir) / "bridge"
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        self.accelerator = _accelerator(config)
+        self.config = config = replace(config, mixed_precision=self.accelerator.mixed_precision)
+        self.folder = Path(config.output_dir) / BRIDGE_FOLDER
         set_seed(config.seed)
-        self.data = build_data(config)
+        self.data = on_device(build_data(config), self.accelerator.device)
         forward_network = build_network(config, self.data.event_shape, None)
         self._start_at_zero(forward_network)
         prior = "data" if config.prior_dataset_name else "gaussian"
@@ -175,6 +181,7 @@ class BridgeTrainer:
         self.generator = torch.Generator(self.accelerator.device)
         self.half, self.seconds = 0, 0.0
         self.losses: list[float] = []
+        self.recent: list[Tensor] = []
         if config.resume_from_checkpoint and list_checkpoints(self.folder):  # or else the start was interrupted
             self.load(find_checkpoint(self.folder, config.resume_from_checkpoint))
 
@@ -187,10 +194,12 @@ class BridgeTrainer:
         """Run to the end, with a checkpoint after every half bridge.
 
         Raises:
-            FloatingPointError: Paths or the loss are not finite; the message names the stage. The last checkpoint is
-                the last that was whole.
+            FloatingPointError: Paths, a loss or a gradient are not finite; the message names the stage. The last
+                checkpoint is the last that was whole.
         """
         config, started = self.config, time.perf_counter() - self.seconds
+        if config.logger != "none":
+            self.accelerator.init_trackers("sb-fbsde", config=asdict(config))
         while self.half < self.num_halves:
             stage, direction = self.half // 2 + 1, FORWARD if self.half % 2 == 0 else BACKWARD
             try:
@@ -210,6 +219,8 @@ class BridgeTrainer:
                 if self.accelerator.is_main_process:
                     self.save()
                 self.accelerator.wait_for_everyone()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         for side in self.sides.values():
             side.ema.copy_to(side.network.parameters())
             side.network.eval()
@@ -221,16 +232,15 @@ class BridgeTrainer:
         """Train one network on the other's process."""
         config = self.config
         loss_of = {"matching": self._between_ends, "alternating": self._along_paths}[config.objective]
-        losses: list[Tensor] = []
-        for step, generator in self._steps(f"Half bridge {self.half + 1}/{self.num_halves}"):
+        for step, generator in self._steps():
             if step % config.bridge_refresh == 0:
                 simulated = self._simulate(-direction)
             draw: dict[str, Any] = {"size": (config.train_batch_size,), "generator": generator}
             draw["device"] = self.accelerator.device
             which, step_of = torch.randint(config.bridge_paths, **draw), torch.randint(len(self.process), **draw)
             loss = loss_of(simulated, which, step_of, direction, generator)
-            losses = [*losses[-99:], self._descend(loss, direction)]
-        return float(torch.stack(losses).mean())
+            self._descend(loss, direction)
+        return self._mean_loss()
 
     def _between_ends(
         self, ends: Pair, which: Tensor, step_of: Tensor, direction: int, generator: torch.Generator
@@ -260,8 +270,7 @@ class BridgeTrainer:
         config, process = self.config, self.process
         widths = torch.diff(process.g).to(self.accelerator.device, torch.float32)
         log_prior = self.pipeline.scheduler.prior(self.accelerator.device, torch.float32).log_prob
-        losses: list[Tensor] = []
-        for _, generator in self._steps(f"Half bridge {self.half + 1}/{self.num_halves}"):
+        for _, generator in self._steps():
             start = self._ends(FORWARD, config.train_batch_size)
             path, controls = self._in_all(process.run, start, FORWARD, generator)
             # one time of each path, for the integral
@@ -274,23 +283,31 @@ class BridgeTrainer:
             energy = 0.5 * z_f.square().flatten(1).sum(1)
             matching = implicit_matching(z_f, -z_b, -trace) + config.control_energy * energy
             loss = (widths.sum() * matching - log_prior(path[-1])).mean()
-            losses = [*losses[-99:], self._descend(loss, FORWARD, BACKWARD)]
-        return float(torch.stack(losses).mean())
+            self._descend(loss, FORWARD, BACKWARD)
+        return self._mean_loss()
 
-    def _steps(self, name: str) -> Iterator[tuple[int, torch.Generator]]:
+    def _steps(self) -> Iterator[tuple[int, torch.Generator]]:
         """Numbered gradient steps of this half bridge, each with its own randomness."""
-        config = self.config
+        config, name = self.config, f"Half bridge {self.half + 1}/{self.num_halves}"
+        self.recent = []
         done = self.half * config.bridge_steps
         hidden, process_index = not self.accelerator.is_local_main_process, self.accelerator.process_index
         for step in tqdm(range(config.bridge_steps), name, leave=False, disable=hidden):
             seed = (config.seed + 1) * 1_000_000_007 + (done + step) * 104_729 + process_index * 15_485_863
             self.generator.manual_seed(seed)
+            seed_dropout(seed, self.accelerator.device)
             progress = (done + step) / (self.num_halves * config.bridge_steps)
             for side in self.sides.values():
                 side.optimizer.param_groups[0]["lr"] = (
                     config.bridge_learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
                 )
             yield step, self.generator
+            if (done + step + 1) % config.logging_steps == 0:
+                self.accelerator.log({"loss": self._mean_loss()}, step=done + step + 1)
+
+    def _mean_loss(self) -> float:
+        """Of the last steps of this half bridge."""
+        return float(torch.stack(self.recent).mean())
 
     @torch.no_grad()
     def _simulate(self, direction: int) -> Pair:
@@ -325,6 +342,9 @@ class BridgeTrainer:
             return sample_toy(self.config.prior_dataset_name, number, torch.Generator().manual_seed(seed)).to(device)
         chosen = torch.randint(len(self.data), (number,), generator=generator, device=device).tolist()
         samples = self.data.__getitems__(chosen).to(device)
+        if self.config.random_flip:
+            mirrored = torch.rand(number, 1, 1, 1, generator=generator, device=device) < 0.5
+            samples = torch.where(mirrored, samples.flip(-1), samples)
         normalizer = self.pipeline.normalizer
         return samples if normalizer is None else normalizer.normalize(samples)
 
@@ -337,21 +357,23 @@ class BridgeTrainer:
     def _divergence(x: Tensor) -> str:
         return "exact" if x[0].numel() <= MOST_EXACT // 16 else "rademacher"
 
-    def _descend(self, loss: Tensor, *directions: int) -> Tensor:
-        """A step of the optimizers of these networks; returns the loss, the mean over the processes."""
+    def _descend(self, loss: Tensor, *directions: int) -> None:
+        """A step of the optimizers of these networks."""
         mean = self.accelerator.reduce(loss.detach(), "mean")
         if not torch.isfinite(mean):
-            raise FloatingPointError(f"the loss is {float(mean)}.")
+            raise FloatingPointError(f"The loss is {float(mean)}.")
         sides = [self.sides[direction] for direction in directions]
         for side in sides:
             side.optimizer.zero_grad()
         loss.backward()
         self._share_gradients(sides)
         for side in sides:
-            torch.nn.utils.clip_grad_norm_(side.network.parameters(), self.config.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(side.network.parameters(), self.config.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(f"The gradient's norm is {float(norm)}.")
             side.optimizer.step()
             side.ema.step(side.network.parameters())
-        return mean
+        self.recent = [*self.recent[1 - LOSS_WINDOW :], mean]
 
     def _share_gradients(self, sides: list[_Side]) -> None:
         """The mean over the processes. (DDP takes one call of a network in a step, joint training makes many.)"""
@@ -366,7 +388,12 @@ class BridgeTrainer:
         config = self.config
         network.train()
         optimizer = torch.optim.AdamW(
-            network.parameters(), config.bridge_learning_rate, weight_decay=config.adam_weight_decay
+            network.parameters(),
+            config.bridge_learning_rate,
+            (config.adam_beta1, config.adam_beta2),
+            config.adam_epsilon,
+            config.adam_weight_decay,
+            fused=self.accelerator.device.type in FUSED,
         )
         return _Side(network, optimizer, EMAModel(network.parameters(), config.bridge_ema_decay, foreach=True))
 
@@ -433,22 +460,49 @@ def _at(policy: Policy, k: Tensor, x: Tensor) -> Tensor:
     return policy(x, k)
 
 
+def _accelerator(config: BridgeConfig) -> Accelerator:
+    accelerator = build_accelerator(config)
+    if accelerator.scaler is not None:
+        raise ValueError("`mixed_precision` 'fp16' is not for bridges, whose losses are not scaled: use 'bf16'.")
+    return accelerator
+
+
+def _trained_start(config: BridgeConfig, folder: Path | None) -> tuple[VSDMPipeline, float]:
+    """The model to start from and the seconds of its training; kept in `folder`, from where a resumed run takes it."""
+    own = {setting.name for setting in fields(TrainingConfig)}
+    settings, default = (
+        {name: value for name, value in identity.items() if name in own}
+        for identity in (config.identity(), config.default_identity())
+    )
+    is_main, record = process_state().is_main_process, None if folder is None else folder / START_RECORD
+    if folder is not None and record is not None and config.resume_from_checkpoint and record.exists():
+        known = json.loads(record.read_text())
+        check_settings(folder, known["config"], settings, default)
+        return VSDMPipeline.from_pretrained(folder), known["seconds"]
+    if folder is not None and is_main and not config.resume_from_checkpoint:  # of a run that this one replaces
+        for old in (folder, folder.with_name(BRIDGE_FOLDER)):
+            shutil.rmtree(old, ignore_errors=True)
+    result = train(replace(config, num_likelihood_samples=0))
+    if folder is not None and record is not None and is_main:
+        result.pipeline.save_pretrained(folder)
+        write_atomically(record, json.dumps({"config": settings, "seconds": result.seconds}).encode())
+    return result.pipeline, result.seconds
+
+
 def train_bridge(
     config: BridgeConfig, start: VSDMPipeline | None = None, start_folder: Path | None = None
 ) -> BridgeResult:
-    """Train a bridge, from `start` if given, else from a model that is trained first and saved in `start_folder`.
+    """Train a bridge, from `start` if given, else from a model that is trained first and kept in `start_folder`.
 
     Raises:
-        ValueError: The settings do not fit each other or the data.
-        FloatingPointError: Paths or a loss are not finite.
+        ValueError: The settings do not fit each other, the data or the start that is resumed.
+        FloatingPointError: Paths, a loss or a gradient are not finite.
     """
+    config = replace(config, mixed_precision=_accelerator(config).mixed_precision)
     start_seconds = 0.0
     if start is None:
-        result = train(config)
-        start, start_seconds = result.pipeline, result.seconds
-        if start_folder is not None and process_state().is_main_process:
-            start.save_pretrained(start_folder)
+        start, start_seconds = _trained_start(config, start_folder)
     network = copy.deepcopy(start.unet)  # goes on, and the start stays what it was
     trainer = BridgeTrainer(config, VSDMPipeline(network, start.scheduler, start.normalizer))
     pipeline = trainer.train()
-    return BridgeResult(start, pipeline, trainer.losses, start_seconds, trainer.seconds)
+    return BridgeResult(trainer.config, start, pipeline, trainer.losses, start_seconds, trainer.seconds)

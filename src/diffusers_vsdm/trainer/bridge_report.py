@@ -15,6 +15,7 @@ from ..metrics.transport import normalized_path_energy, wasserstein2
 from ..pipelines import BridgePipeline
 from ..schedulers import VSDMScheduler
 from .bridge import BridgeConfig, BridgeResult
+from .evaluation import likelihood_data, measure_likelihood
 from .pictures import EVALUATION_SEED, picture_paths, picture_samples
 from .report import versions
 
@@ -26,10 +27,10 @@ def evaluate_bridge(config: BridgeConfig, pipeline: BridgePipeline) -> tuple[dic
     r"""How far the samples of a bridge of toys are from the data, and what the way there costs.
 
     Returns:
-        `w2_sde` of the backward SDE over all training times, `w2_ode` of the probability flow in at most 99 network
-        calls, `w2_forward` of the other end, each with the `..._floor` of two samples of the truth; `control_energy`,
-        $\frac12 \int E |z_f|^2 dg$; `path_energy` of the flow, normalised, at constant speed. W2 is on
-        standardised axes, but between two data sets in their units. And the paths of the SDE, from the prior,
+        `w2_sde` of the backward SDE over all training times, `w2_ode` of the probability flow in at most 99 calls of
+        both networks, `w2_forward` of the other end, each with the `..._floor` of two samples of the truth;
+        `control_energy`, $\frac12 \int E |z_f|^2 dg$; `path_energy` of the flow, normalised, at constant speed. W2 is
+        on standardised axes, but between two data sets in their units. And the paths of the SDE, from the prior,
         `(num_times, n, d)`.
     """
     n, standardize = config.num_eval_samples, not config.prior_dataset_name
@@ -75,11 +76,15 @@ def evaluate_bridge(config: BridgeConfig, pipeline: BridgePipeline) -> tuple[dic
     }, paths
 
 
-def write_bridge_report(config: BridgeConfig, result: BridgeResult) -> dict[str, Any]:
-    """Write everything into `config.output_dir`; returns what `metrics.json` holds."""
-    folder, pipeline = Path(config.output_dir), result.pipeline
-    pipeline.to("cpu")
+def write_bridge_report(result: BridgeResult) -> dict[str, Any]:
+    """Write everything into the run's `output_dir`; returns what `metrics.json` holds."""
+    config, pipeline = result.config, result.pipeline
+    folder = Path(config.output_dir)
     pipeline.save_pretrained(folder)
+    if not config.is_toy:
+        steps = config.ddpm_num_inference_steps or None
+        picture_samples(pipeline, config.eval_batch_size, steps).save(folder / "samples.png")
+    pipeline.to("cpu")
     metrics: dict[str, Any] = {
         "losses": result.losses,
         "seconds": result.seconds,
@@ -94,9 +99,9 @@ def write_bridge_report(config: BridgeConfig, result: BridgeResult) -> dict[str,
         )
         start = config.prior_dataset_name or "noise"
         picture_paths(data, paths, "backward process", start).save(folder / "samples.png")
-    elif not config.is_toy:
-        steps = config.ddpm_num_inference_steps or None
-        picture_samples(pipeline, config.eval_batch_size, steps).save(folder / "samples.png")
+        if config.likelihood_samples and not config.prior_dataset_name:
+            points = likelihood_data(config, None, config.likelihood_samples, config.seed)
+            metrics["likelihood"] = measure_likelihood(pipeline, points, seed=config.seed)
     record = {"metrics": metrics, "config": config.public(), "command": config.command(), "versions": versions()}
     write_atomically(folder / "metrics.json", (json.dumps(record, indent=2) + "\n").encode())
     render_card(folder, record)

@@ -34,6 +34,9 @@ PLACES = (
     *("statistics", "feature_weights"),
 )
 BASELINES = ("none", "sgm")
+LR_SCHEDULERS = [
+    s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT
+]  # which takes rules of its own
 LAMBDA_PER = ("all", "channel", "element")
 
 
@@ -130,7 +133,7 @@ class RunConfig:
     train_batch_size: int = setting(512, "Samples in a batch, per process.")
     gradient_accumulation_steps: int = setting(1, "Batches whose gradients are added up for a step.")
     learning_rate: float = setting(2e-3, "Peak learning rate of AdamW.")
-    lr_scheduler: str = setting("cosine", "Learning-rate schedule, as in Diffusers.", [s.value for s in SchedulerType])
+    lr_scheduler: str = setting("cosine", "Learning-rate schedule, as in Diffusers.", LR_SCHEDULERS)
     lr_warmup_steps: int = setting(200, "Steps over which the learning rate rises.")
     adam_beta1: float = setting(0.9, "Decay of AdamW's mean gradient.")
     adam_beta2: float = setting(0.999, "Decay of AdamW's mean squared gradient.")
@@ -162,7 +165,9 @@ class RunConfig:
     # logging
     validation_steps: int = setting(0, "Steps between two pictures and likelihoods while training; 0 for none.")
     ddpm_num_inference_steps: int = setting(0, "Steps of the solver for such a picture; 0 for the default, 50.")
-    mixed_precision: str = setting("no", "Precision of training, as in Accelerate.", ("no", "fp16", "bf16"))
+    mixed_precision: str = setting(
+        "", "Precision of training; by default as Accelerate is configured.", ("", "no", "fp16", "bf16")
+    )
     logger: str = setting("none", "Where to log while training.", ("none", "tensorboard", "wandb"))
     logging_steps: int = setting(50, "Steps between two log entries.")
     logging_dir: str = setting("logs", "Folder for logs, inside `output_dir`.")

@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
 from diffusers import ModelMixin, UNet2DModel
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -16,6 +19,7 @@ from ..models import build_model
 from ..models.classes import num_classes as known_classes
 from ..schedulers import VSDMScheduler
 from .config import BROWNIAN, EXPLODING, POWER_LAW, DataConfig, RunConfig, TrainingConfig
+from .processes import process_state
 
 
 # enough for the moments of images: their means and variances are known to 1%
@@ -23,6 +27,41 @@ MOMENT_SAMPLES = 10_000
 # in a batch of them: 8 MB in float64. glibc keeps freed blocks of up to this size from then on, instead of giving the
 # memory of activations back after every step, and training on a CPU has fewer page faults
 MOMENT_VALUES = 1 << 20
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+FUSED = ("cpu", "cuda", "xpu")  # where AdamW is one kernel
+
+
+def build_accelerator(config: RunConfig) -> Accelerator:
+    """Precision, as the settings say or else Accelerate's own, devices, processes and trackers of a run.
+
+    Raises:
+        ValueError: The machine lacks the precision, or Accelerate is told to split networks.
+    """
+    process_state()
+    folder = Path(config.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision or None,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=None if config.logger == "none" else config.logger,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / config.logging_dir)),
+    )
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        # Accelerate would go on in float32, silently
+        raise ValueError(f"`mixed_precision` 'fp16' needs a GPU, not {accelerator.device.type!r}: use 'bf16' or 'no'.")
+    if accelerator.distributed_type in SHARDING:
+        raise ValueError(
+            f"Accelerate is configured for {accelerator.distributed_type.value}, which splits the network, but"
+            " averages and checkpoints here are of whole ones. Use data parallelism (`--multi_gpu`)."
+        )
+    return accelerator
+
+
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """The randomness that networks draw by themselves."""
+    # on a CPU without the detour over GPUs that are not there, about 3% of a toy's step
+    (torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed)(seed)
 
 
 class VectorDataset(Dataset):

@@ -24,7 +24,7 @@ from diffusers_vsdm.metrics.fidelity import (
 )
 from diffusers_vsdm.trainer import TrainingConfig, fidelity, loop
 from diffusers_vsdm.trainer.evaluation import EvaluationConfig, evaluate
-from diffusers_vsdm.trainer.fidelity import SamplingRun, measure_fidelity
+from diffusers_vsdm.trainer.fidelity import SamplingRun, measure_fidelity, reference_features
 from diffusers_vsdm.trainer.shards import load_shards, make_shards
 
 from .processes import run_python
@@ -266,6 +266,9 @@ def test_a_bridge_samples_with_both_networks(pipeline, distances, tmp_path):
         measure(p, tmp_path / name).rows[0]["fid"] for name, p in {"plain": pipeline, "both": bridge}.items()
     )
     assert plain != both
+    for run, calls in {"ddim@4": 8, "ddpm@4": 4}.items():
+        (row,) = measure(bridge, tmp_path / "both", [run]).rows
+        assert row["evaluations"] == calls
     with torch.no_grad():
         next(forward.parameters()).add_(1.0)
     with pytest.raises(ValueError, match="another model"):
@@ -302,8 +305,20 @@ def test_decoded_images_are_the_images():
 
 def test_few_samples_are_told(pipeline, distances, tmp_path):
     report = measure(pipeline, tmp_path)
-    assert "FID (10 samples)" in report.table()
-    assert fid_name(9_999) == "FID (9,999 samples)" and fid_name(10_000) == "FID"
+    assert "FID (10 samples, 9 of the data)" in report.table()
+    assert fid_name(9_999) == "FID (9,999 samples)" and fid_name(10_000) == fid_name(10_000, 10_000) == "FID"
+    assert fid_name(50_000, 500) == "FID (500 of the data)"
+
+
+def test_features_of_other_data_are_not_taken(tmp_path):
+    """Of as many images of the same size."""
+    dark, bright = (
+        ImageDataset([{"image": np.full((4, 4, 3), i, np.uint8)} for i in range(start, start + 9)], "image")
+        for start in (0, 200)
+    )
+    assert reference_features(dark, 9, 0, tmp_path, Means()).mean() < 10
+    with pytest.raises(ValueError, match="another"):
+        reference_features(bright, 9, 0, tmp_path, Means())
 
 
 def test_a_small_fid_while_training_changes_nothing_else(distances, monkeypatch, tmp_path):
@@ -318,17 +333,31 @@ def test_a_small_fid_while_training_changes_nothing_else(distances, monkeypatch,
     settings = {"train_data_dir": str(tmp_path / "data"), "dataset_name": "", "output_dir": str(tmp_path / "run")}
     settings |= {"model_config_name_or_path": str(tmp_path / "network"), "max_train_steps": 6, "baseline": "sgm"}
     settings |= {"train_batch_size": 4, "validation_steps": 3, "ddpm_num_inference_steps": 2, "eval_batch_size": 2}
-    weights, logged = [], []
+    weights, logged, key = [], [], "FID (5 samples, 8 of the data)"
     for more in ({}, {"validation_images": 5}):
         trainer = loop.Trainer(TrainingConfig(**settings, **more))
         monkeypatch.setattr(trainer.accelerator, "log", lambda values, step: logged.append((step, values)))
         weights.append(trainer.train().pipeline.unet.state_dict())
-    found = {step: values["FID (5 samples)"] for step, values in logged if "FID (5 samples)" in values}
+    found = {step: values[key] for step, values in logged if key in values}
     assert list(found) == [3, 6] and found[3] != found[6]
+    kept = {step: tmp_path / "run" / "validation" / f"step-{step}.json" for step in found}
+    assert {step: json.loads(file.read_text())[key] for step, file in kept.items()} == found
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     FeatureStatistics.of(torch.randn(9, 12), shape="3x8x8").save(tmp_path / "other.npz")
     with pytest.raises(ValueError, match="another shape"):
         loop.Trainer(TrainingConfig(**settings, validation_images=5, statistics=str(tmp_path / "other.npz")))
+    FeatureStatistics.of(torch.randn(9, 64)).save(tmp_path / "other.npz")  # as other programs write them
+    with pytest.raises(ValueError, match="64 features"):
+        loop.Trainer(TrainingConfig(**settings, validation_images=5, statistics=str(tmp_path / "other.npz")))
+
+
+def test_samples_that_are_not_finite_do_not_end_a_training(monkeypatch):
+    def overflows():
+        raise FloatingPointError("NaN")
+
+    told = []
+    monkeypatch.setattr(loop.logger, "warning", lambda text, *values: told.append(text % values))
+    assert loop.Trainer._measured("FID", overflows) is None and told == ["The FID was not measured: NaN"]
 
 
 @pytest.mark.parametrize("settings", [{"validation_images": 1}, {"validation_steps": 0}, {"dataset_name": "moons"}])
@@ -359,8 +388,10 @@ def test_statistics_of_other_data_are_refused():
     ours, same, other = (torch.randn(3000, 40, generator=generator) @ mixing + shift for shift in (0, 0, 0.3))
     statistics = FeatureStatistics.of(ours)
     statistics.check(same)
-    with pytest.raises(ValueError, match="not of these data"):
-        statistics.check(other)
+    FeatureStatistics.of(ours[:60]).check(same)  # their own mean is not known well
+    for known in (statistics, FeatureStatistics.of(ours[:1000])):
+        with pytest.raises(ValueError, match="not of these data"):
+            known.check(other)
     with pytest.raises(ValueError, match="another network"):
         statistics.check(same[:, :30])
 

@@ -58,6 +58,15 @@ def test_pixels_are_scaled_to_the_unit_interval_and_back():
     assert np.array_equal(back, np.array(picture(0)))
 
 
+def test_pictures_of_16_bits_keep_their_range(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    data = ImageDataset([{"image": Image.open(tmp_path / "ramp.png")}], "image", 1)
+    np.testing.assert_allclose(data[0][0], ramp / 65535 * 2 - 1, atol=0.008)
+    with pytest.raises(ValueError, match="Image 0.*mode 'F'"):
+        ImageDataset([{"image": Image.new("F", (8, 8))}], "image", 1)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_pictures_of_any_mode_get_the_channels_asked_for(mode, channels):

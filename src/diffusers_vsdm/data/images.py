@@ -28,7 +28,8 @@ class ImageDataset(Dataset):
     Args:
         rows: A `datasets.Dataset`, or any sequence of dictionaries.
         column (`str`): The column that holds the images: PIL images, or arrays `(H, W)` or `(H, W, C)` of 8 bits.
-        channels (`int`): Channels C. PIL images are converted for 1, 3 and 4; arrays must have as many.
+        channels (`int`): Channels C. PIL images of 8 or 16 bits are converted for 1, 3 and 4; arrays must
+            have as many.
         resolution (`int`, *optional*): Height and width: the shorter side is resized to it, the longer one cropped
             about its centre. Defaults to the size of the first image, which the others must then have too.
         labels (`Tensor`, *optional*): The classes of the images, `(len(rows),)` whole numbers from 0 up.
@@ -93,6 +94,10 @@ class ImageDataset(Dataset):
             return np.ascontiguousarray(array.transpose(2, 0, 1))
         if self.channels not in MODES:
             raise _Mismatch(f"is a picture, which has {' or '.join(map(str, MODES))} channels, not {self.channels}.")
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise _Mismatch(f"is a picture of mode {image.mode!r}, whose range is not known: 8 or 16 bits are needed.")
         image = image.convert(MODES[self.channels])
         if self.resolution:
             scale = self.resolution / min(image.size)

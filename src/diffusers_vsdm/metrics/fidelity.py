@@ -30,15 +30,18 @@ from ..files import write_atomically
 
 FEATURES = "2048"  # torch-fidelity's name of the last pooled layer
 ENOUGH = 10_000  # samples for a FID without a warning
+LEAST = 4  # samples for precision and recall, which look at the third neighbour of each
 KID_SUBSET = 1000
 MANY, OTHER_DATA = 2000, 10.0  # so many samples show by such a mean squared z-score that data are others
 
 Features = Callable[[Tensor], Tensor]
 
 
-def fid_name(num_samples: int) -> str:
-    """`FID`, with the number of samples where these are few."""
-    return "FID" if num_samples >= ENOUGH else f"FID ({num_samples:,} samples)"
+def fid_name(num_samples: int, num_reference: int = 0) -> str:
+    """`FID`, with the number of samples where these are few, and of the data's if these are known to be few."""
+    few = [f"{num_samples:,} samples"] if num_samples < ENOUGH else []
+    few += [f"{num_reference:,} of the data"] if 0 < num_reference < ENOUGH else []
+    return f"FID ({', '.join(few)})" if few else "FID"
 
 
 def _torch_fidelity() -> Any:
@@ -213,7 +216,9 @@ class FeatureStatistics:
             return
         some = FeatureStatistics.of(features[:MANY])
         _check_same(some, self)
-        error = (some.mean - self.mean) ** 2 * min(len(features), MANY) / self.covariance.diagonal().clip(1e-12)
+        own = 1 / self.num_samples if self.num_samples else 0.0  # of the statistics' own mean
+        spread = self.covariance.diagonal().clip(1e-12) * (1 / some.num_samples + own)
+        error = (some.mean - self.mean) ** 2 / spread
         if error.mean() > OTHER_DATA:
             raise ValueError(
                 f"The statistics are not of these data: their mean is {error.mean() ** 0.5:.0f} standard errors away."
@@ -228,11 +233,9 @@ def _check_same(ours: FeatureStatistics, statistics: FeatureStatistics) -> None:
         )
 
 
-def _check(features: Tensor, name: str) -> None:
-    if features.ndim != 2 or len(features) < 2:
-        raise ValueError(
-            f"`{name}` must be (n, d) with n of at least 2, for a covariance, got {tuple(features.shape)}."
-        )
+def _check(features: Tensor, name: str, least: int = 2) -> None:
+    if features.ndim != 2 or len(features) < least:
+        raise ValueError(f"`{name}` must be (n, d) with n of at least {least}, got {tuple(features.shape)}.")
     if not torch.isfinite(features).all():
         raise ValueError(f"`{name}` holds NaN or infinite values.")
 
@@ -258,10 +261,10 @@ def kernel_distance_and_coverage(features: Tensor, reference: Tensor) -> dict[st
         `recall`.
 
     Raises:
-        ValueError: Fewer than two samples, or not finite.
+        ValueError: Fewer than four samples, too few for neighbours, or not finite.
     """
     for name, value in {"features": features, "reference": reference}.items():
-        _check(value, name)
+        _check(value, name, LEAST)
     size = max(2, min(KID_SUBSET, len(features) // 2, len(reference) // 2))
     library = _torch_fidelity()
     kid = library.metric_kid.kid_features_to_metric(features, reference, kid_subset_size=size, verbose=False)

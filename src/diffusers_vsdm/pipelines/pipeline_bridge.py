@@ -54,6 +54,11 @@ class BridgePipeline(VSDMPipeline):
         self.register_modules(forward_unet=forward_unet)
         self.register_to_config(prior=prior)
 
+    @property
+    def networks_per_evaluation(self) -> int:
+        """Two where the probability flow asks both networks."""
+        return 1 if self.forward_unet is None or SOLVERS[self.scheduler.config["solver"]].stochastic else 2
+
     def process(self, num_steps: int | None = None, corrector_steps: int = 0) -> TwoSidedProcess:
         """Both directions on a grid of training times, in model units, see [`TwoSidedProcess`]."""
         policies = self._forward_policy, self._backward_policy
@@ -132,7 +137,7 @@ class BridgePipeline(VSDMPipeline):
 
     def _network_output(self, x: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
         output = super()._network_output(x, timesteps, condition)
-        if self.forward_unet is None or SOLVERS[self.scheduler.config["solver"]].stochastic:
+        if self.networks_per_evaluation == 1:
             return output
         k = timesteps.reshape(-1).to(x.device).expand(len(x))
         return self.scheduler.shift_score(output, -self._forward_policy(x, k), timesteps, x)

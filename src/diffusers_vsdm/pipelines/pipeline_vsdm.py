@@ -91,6 +91,11 @@ class VSDMPipeline(DiffusionPipeline):
                 parameter.data = parameter.data.clone()
 
     @property
+    def networks_per_evaluation(self) -> int:
+        """Networks that a solver's evaluation calls."""
+        return 1
+
+    @property
     def event_shape(self) -> tuple[int, ...]:
         """Shape of one sample: `(d,)` or `(channels, height, width)`."""
         size = self.unet.config.get("sample_size")

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..data import sample_toy
 from ..data.images import as_bytes
 from ..likelihood import bits_per_dimension
-from ..metrics.fidelity import FeatureStatistics, InceptionFeatures, fid_name
+from ..metrics.fidelity import LEAST, FeatureStatistics, InceptionFeatures
 from ..objectives import Estimate
 from ..pipelines import BridgePipeline, VSDMPipeline
 from ..schedulers import VSDMScheduler
@@ -78,9 +78,9 @@ class EvaluationConfig(DataConfig):
             raise ValueError(f"FID is for images, and `dataset_name` {self.dataset_name!r} is a toy.")
         if self.fidelity and not self.output_dir:
             raise ValueError("`output_dir` is missing: samples are kept there, so that an interrupted run can go on.")
-        for name in ("num_samples", "num_images", "num_reference_images"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"`{name}` must be at least 2, got {getattr(self, name)}.")
+        for name, least in {"num_samples": 2, "num_images": LEAST, "num_reference_images": LEAST}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         for name in ("num_times", "rtol", "atol"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
@@ -179,14 +179,14 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     has_images = bool(config.dataset_name or config.train_data_dir) and not config.is_toy
     dataset = build_images(config) if has_images else None
     record: dict[str, Any] = {}
-    if config.likelihood and state.is_main_process:
-        samples = likelihood_data(config, dataset, config.num_samples, config.seed)
-        estimate = (config.divergence or None, config.rtol, config.atol)
-        record |= measure_likelihood(pipeline, samples, config.batch_size, config.num_times, config.seed, *estimate)
     if config.fidelity:
         report = evaluate_fidelity(config, pipeline, dataset)
         if state.is_main_process:
             record |= {"num_images": report.num_samples, "runs": report.rows, "table": report.table()}
+    if config.likelihood and state.is_main_process:  # for which no other waits
+        samples = likelihood_data(config, dataset, config.num_samples, config.seed)
+        estimate = (config.divergence or None, config.rtol, config.atol)
+        record |= measure_likelihood(pipeline, samples, config.batch_size, config.num_times, config.seed, *estimate)
     return record
 
 
@@ -205,6 +205,8 @@ def evaluate_fidelity(config: EvaluationConfig, pipeline: VSDMPipeline, dataset:
         raise ValueError(
             f"The data are {dataset.event_shape}, the model's images {shape}: set `resolution`, `channels`."
         )
+    if dataset is not None and len(dataset) < LEAST:
+        raise ValueError(f"The data are {len(dataset)} images: at least {LEAST} are needed to compare with.")
     features, folder = InceptionFeatures(config.feature_weights or None, pipeline.unet.device), Path(config.output_dir)
     about = {"network": features.digest, "shape": shape_name(shape)}
     reference = statistics = None
@@ -231,5 +233,5 @@ def evaluate_fidelity(config: EvaluationConfig, pipeline: VSDMPipeline, dataset:
         config.guidance_scale,
     )
     if process_state().is_main_process:
-        picture_fidelity(report.rows, "fid", fid_name(report.num_samples)).save(folder / "fid.png")
+        picture_fidelity(report.rows, "fid", report.fid_name).save(folder / "fid.png")
     return report

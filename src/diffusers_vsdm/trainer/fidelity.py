@@ -31,6 +31,7 @@ from .shards import load_shards, make_shards
 
 SHOWN = 64  # images of a grid
 SMALL_BATCH = 250
+TOLD_BY = 64  # images by which a data set is told from another
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -118,14 +119,21 @@ class FidelityReport:
     Attributes:
         rows: For each run its settings and measures.
         num_samples: Samples of each.
+        num_reference: Of the data that FID is measured against; 0 if it is not known.
     """
 
     rows: list[dict[str, Any]]
     num_samples: int
+    num_reference: int
+
+    @property
+    def fid_name(self) -> str:
+        """What to call its FID."""
+        return fid_name(self.num_samples, self.num_reference)
 
     def table(self) -> str:
         """The measures as a table in Markdown."""
-        names = {"fid": fid_name(self.num_samples), "kid": "KID x 1000", "precision": "precision", "recall": "recall"}
+        names = {"fid": self.fid_name, "kid": "KID x 1000", "precision": "precision", "recall": "recall"}
         shown = [name for name in names if name in self.rows[0]]
         lines = [["run", "evaluations", *(names[name] for name in shown)], ["---"] * (len(shown) + 2)]
         for row in self.rows:
@@ -177,13 +185,13 @@ def measure_fidelity(
             return {}
         return {"class_labels": [i % num_classes for i in range(first, last)], "guidance_scale": guidance_scale}
 
-    rows = []
+    rows, num_reference = [], 0 if statistics is None else statistics.num_samples
     for run in runs:
         sampler = copy.copy(pipeline)  # with the same networks
         sampler.scheduler = run.scheduler(pipeline.scheduler)
         sampler.set_progress_bar_config(disable=True)
         sampler.scheduler.set_timesteps(run.num_steps)
-        evaluations = len(sampler.scheduler.timesteps)
+        evaluations = len(sampler.scheduler.timesteps) * sampler.networks_per_evaluation
 
         def make(first: int, last: int, run: SamplingRun = run, sampler: VSDMPipeline = sampler) -> dict[str, Tensor]:
             generator = torch.Generator(device).manual_seed(seed * 1_000_000_007 + first)
@@ -201,7 +209,7 @@ def measure_fidelity(
             continue
         found = load_shards(place, num_samples, batch_size, "features")
         row: dict[str, Any] = {"run": str(run), **asdict(run), "evaluations": evaluations}
-        row |= {"num_steps": run.num_steps, "num_samples": num_samples}
+        row |= {"num_steps": run.num_steps, "num_samples": num_samples, "num_reference": num_reference}
         if statistics is not None:
             row["fid"] = frechet_distance(found, statistics)
         if reference is not None:
@@ -209,7 +217,7 @@ def measure_fidelity(
         rows.append(row)
         shown = load_shards(place, min(num_samples, -(-SHOWN // batch_size) * batch_size), batch_size, "images")
         picture_grid(shown[:SHOWN].permute(0, 2, 3, 1).numpy() / 255).save(place.with_name(f"{place.name}.png"))
-    return FidelityReport(rows, num_samples)
+    return FidelityReport(rows, num_samples, num_reference)
 
 
 class SmallFid:
@@ -221,29 +229,35 @@ class SmallFid:
         dataset: Images, with batched access.
         number: Images to sample.
 
+    Attributes:
+        name: Of the measure, with the number of samples.
+
     Raises:
-        ValueError: The statistics are of another network or other images.
+        ValueError: The statistics are of another network, other images or other data.
     """
 
     def __init__(self, features: InceptionFeatures, statistics: FeatureStatistics | None, dataset: Any, number: int):
         self.features, self.number = features, number
-        if statistics is None:
-            chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(EVALUATION_SEED))
-            batches = chosen[:ENOUGH].split(SMALL_BATCH)
-            images = (as_bytes(dataset.__getitems__(batch.tolist())) for batch in batches)
-            statistics = FeatureStatistics.of(torch.cat([features(batch) for batch in images]))
-        statistics.check(network=features.digest, shape=shape_name(dataset.event_shape))
-        self.statistics = statistics
+        chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(EVALUATION_SEED))
+        batches = chosen[: ENOUGH if statistics is None else SMALL_BATCH].split(SMALL_BATCH)
+        found = torch.cat([features(as_bytes(dataset.__getitems__(batch.tolist()))) for batch in batches])
+        self.statistics = FeatureStatistics.of(found) if statistics is None else statistics
+        self.statistics.check(found, network=features.digest, shape=shape_name(dataset.event_shape))
+        self.name = fid_name(number, self.statistics.num_samples)
 
     def __call__(self, pipeline: VSDMPipeline, num_steps: int | None = None) -> dict[str, float]:
-        """The FID of a model, under a name that tells the number of samples; the same noise every time."""
+        """The FID of a model, under its name; the same noise every time.
+
+        Raises:
+            FloatingPointError: The samples are not finite.
+        """
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator(pipeline.unet.device).manual_seed(EVALUATION_SEED)
         found = []
         for start in range(0, self.number, SMALL_BATCH):
             size = min(SMALL_BATCH, self.number - start)
             found.append(self.features(sample_bytes(pipeline, size, generator, num_steps)))
-        return {fid_name(self.number): frechet_distance(torch.cat(found), self.statistics)}
+        return {self.name: frechet_distance(torch.cat(found), self.statistics)}
 
 
 def shape_name(shape: tuple[int, ...]) -> str:
@@ -270,6 +284,8 @@ def reference_features(dataset: Any, number: int, seed: int, folder: Path, featu
         return {"features": features(as_bytes(dataset.__getitems__(chosen[first:last])))}
 
     size = SMALL_BATCH
-    key = json.dumps([len(dataset), dataset.event_shape, number, seed, features.digest])
+    some = as_bytes(dataset.__getitems__(chosen[:TOLD_BY])).cpu().contiguous().numpy().tobytes()
+    known = [len(dataset), dataset.event_shape, number, seed, features.digest, hashlib.sha256(some).hexdigest()]
+    key = json.dumps(known)
     make_shards(folder, key, len(chosen), size, make, "Reference")
     return load_shards(folder, len(chosen), size, "features")

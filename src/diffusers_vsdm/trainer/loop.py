@@ -1,5 +1,6 @@
 """The trainer of images and of vectors."""
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -96,10 +97,15 @@ class Trainer(BaseTrainer):
     def _likelihood(self, pipeline: VSDMPipeline) -> dict[str, Any] | None:
         if self.likelihood_data is None or not self.accelerator.is_main_process:
             return None
+        data = self.likelihood_data
+        return self._measured("likelihood", lambda: measure_likelihood(pipeline, data, seed=self.config.seed))
+
+    @staticmethod
+    def _measured(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         try:
-            return measure_likelihood(pipeline, self.likelihood_data, seed=self.config.seed)
+            return measure()
         except FloatingPointError as error:  # no reason to lose the model
-            logger.warning("The likelihood was not measured: %s", error)
+            logger.warning("The %s was not measured: %s", name, error)
             return None
 
     def _validate(self) -> None:
@@ -107,22 +113,20 @@ class Trainer(BaseTrainer):
         if self.accelerator.is_main_process:
             scheduler = VSDMScheduler.from_config(self.scheduler.config)  # the drift comes along, copied
             config = self.config
+            steps = config.ddpm_num_inference_steps or None
             with self._averaged_network() as network:
                 pipeline = self._pipeline(network, scheduler)
-                picture = picture_samples(
-                    pipeline,
-                    config.num_eval_samples if config.is_toy else config.eval_batch_size,
-                    config.ddpm_num_inference_steps or None,
-                )
-                likelihood = self._likelihood(pipeline)
-                if self.fid is not None:
-                    self.accelerator.log(self.fid(pipeline, config.ddpm_num_inference_steps or None), step=self.step)
-            if likelihood is not None:
-                scalars = {f"likelihood/{k}": v for k, v in likelihood.items() if not k.endswith("_evaluations")}
-                self.accelerator.log(scalars, step=self.step)
+                number = config.num_eval_samples if config.is_toy else config.eval_batch_size
+                picture = picture_samples(pipeline, number, steps)
+                likelihood = self._likelihood(pipeline) or {}
+                found = self._measured("FID", lambda: self.fid(pipeline, steps) if self.fid else {}) or {}
+            found |= {f"likelihood/{k}": v for k, v in likelihood.items() if not k.endswith("_evaluations")}
+            self.accelerator.log(found, step=self.step)
             file = self.folder / "validation" / f"step-{self.step}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             picture.save(file)
+            if found:
+                file.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
             for tracker in self.accelerator.trackers:
                 form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": np.asarray(picture)[None]}, step=self.step, **form)

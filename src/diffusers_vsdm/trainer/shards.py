@@ -62,5 +62,5 @@ def _is_there(path: Path, key: str) -> bool:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, and it will be made anew.") from error
     if found != key:
-        raise ValueError(f"{path} was made by another model or with other settings: choose another `output_dir`.")
+        raise ValueError(f"{path} is of another model, other data or other settings: choose another `output_dir`.")
     return True

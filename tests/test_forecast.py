@@ -17,12 +17,13 @@ from torch import nn
 
 from diffusers_vsdm import AdaptiveDiagonalDrift, DataNormalizer, ForecastModel, VSDMForecastPipeline, VSDMScheduler
 from diffusers_vsdm.data.calendar import calendar_features, default_lags, season_of, times_per_week
-from diffusers_vsdm.data.frames import as_gluonts_entries, regular_frame
+from diffusers_vsdm.data.frames import as_gluonts_entries, quiet_periods, regular_frame
 from diffusers_vsdm.metrics.forecast import LEVELS, forecast_metrics
 from diffusers_vsdm.models.denoisers import DENOISERS, DenoiserSizes
 from diffusers_vsdm.models.encoders import ENCODERS
 from diffusers_vsdm.models.series_units import LEAST_SCALE, MOST_UNITS, SCALINGS
-from diffusers_vsdm.pipelines.pipeline_forecast import _filled
+from diffusers_vsdm.pipelines import pipeline_forecast
+from diffusers_vsdm.pipelines.pipeline_forecast import VSDMForecastOutput, _filled
 
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
@@ -552,6 +553,102 @@ def test_the_clock_matters():
     pipe = clocked("D")
     found = [quick(pipe, series(20), start=start).samples for start in ("2024-01-01", "2024-01-02", "2024-01-01")]
     assert np.array_equal(found[0], found[2]) and not np.array_equal(found[0], found[1])
+
+
+def test_columns_that_are_not_the_models_are_refused():
+    pipe = clocked(series_names=["a", "b"])
+    with pytest.raises(ValueError, match=r"not \['a'\]"):
+        quick(pipe, frame(names=("b", "A")))
+    assert quick(pipe, frame(names=("x", "y"))).names == ["x", "y"]  # others, in their order
+
+
+def test_an_array_starts_at_its_number():
+    pipe = small(season_length=7)
+    numbered = quick(pipe, pd.DataFrame(series(20), pd.RangeIndex(3, 23)))
+    array = quick(pipe, series(20), start=3)
+    assert np.array_equal(array.samples, numbered.samples) and array.index.equals(numbered.index)
+    assert not np.array_equal(array.samples, quick(pipe, series(20)).samples)
+    with pytest.raises(ValueError, match="`start`.*whole number"):
+        quick(pipe, series(20), start="2024-01-01")
+
+
+@pytest.mark.parametrize("step", [2, 7])
+def test_the_season_counts_rows(step):
+    rows = calendar_features(pd.RangeIndex(0, 12), 4)
+    assert torch.equal(calendar_features(pd.RangeIndex(0, 12 * step, step), 4), rows)
+
+
+FREQUENCIES = [("15min", "30min", 20), ("D", "2D", 20), ("D", "W-SUN", 20), ("D", "B", 30), ("h", "30min", 40)]
+
+
+@pytest.mark.parametrize(
+    "kind, model_freq, own, rows",
+    [(kind, *case) for kind in ("index", "entry") for case in FREQUENCIES]
+    + [("stamps", *case) for case in FREQUENCIES[:3]],  # business days may be days with gaps
+)
+def test_another_frequency_is_refused(kind, model_freq, own, rows):
+    """Whether the index knows its own, or has to be told, or is an entry's."""
+    index = pd.date_range("2024-01-01", periods=rows, freq=own)
+    history = pd.DataFrame(series(rows), index, ["a", "b"])
+    if kind == "stamps":
+        history.index.freq = None
+    if kind == "entry":
+        with quiet_periods():
+            history = {"target": series(rows).T, "start": pd.Period("2024-01-01", own)}
+    with pytest.raises(ValueError, match="frequency|grid|same step"):
+        quick(clocked(model_freq), history)
+
+
+def test_weeks_may_end_on_any_day():
+    stamps = pd.date_range("2024-01-01", periods=20, freq="W-MON")
+    assert quick(clocked("W-SUN"), pd.DataFrame(series(20), stamps, ["a", "b"])).samples.shape == (3, AHEAD, 2)
+
+
+def test_half_precision_keeps_the_scales(tmp_path):
+    """float16 knows nothing above 65,504."""
+    pipe = clocked()
+    pipe.model.typical_scale.copy_(torch.tensor([1e6, 1e-8]))
+    pipe.save_pretrained(tmp_path)
+    loaded = VSDMForecastPipeline.from_pretrained(tmp_path, dtype=torch.float16)
+    for half in (loaded, pipe.to(torch.float16)):
+        assert torch.equal(half.model.typical_scale, torch.tensor([1e6, 1e-8])) and half.model.dtype == torch.float16
+        history = frame()
+        history["a"] *= 1e6
+        assert np.isfinite(quick(half, history).samples).all()
+
+
+def test_many_values_are_sampled_in_parts(monkeypatch):
+    pipe, sizes, sample = small(), [], VSDMForecastPipeline._sample
+    monkeypatch.setattr(VSDMForecastPipeline, "_sample", lambda *given: sizes.append(len(given[1])) or sample(*given))
+    monkeypatch.setattr(pipeline_forecast, "MOST_VALUES", 5 * 2 * (pipe.model.units.reach + AHEAD))
+    assert quick(pipe, series(20), num_samples=7).samples.shape == (7, AHEAD, 2)
+    assert sizes == [5] * AHEAD + [2] * AHEAD
+
+
+def test_a_picture_of_one_series_and_of_gaps():
+    pipe = clocked("D", series_names=["a", "b"])
+    history = frame(20, "D").drop(index=pd.Period("2024-01-20", "D"))
+    (axes,) = quick(pipe, history).plot(history, series="b").axes
+    past = axes.lines[0].get_ydata()
+    assert len(past) == 8 and np.isnan(past).tolist() == [False] * 5 + [True] + [False] * 2
+    single = VSDMForecastOutput(samples=np.zeros((2, AHEAD, 1)), index=pd.RangeIndex(20, 24), names=["a"])
+    assert len(single.plot(pd.Series(np.arange(20.0))).axes) == 1
+
+
+def test_a_list_of_generators_is_refused():
+    with pytest.raises(ValueError, match="`generator`.*2"):
+        small()(series(20), 2, generator=[generator(0), generator(1)])
+
+
+@pytest.mark.parametrize("width", [8, 40, 56, 100])
+def test_transformers_of_any_width(width):
+    encoder = ENCODERS["transformer"](3, width, 1, 0.0, 5)
+    assert encoder(torch.randn(2, 5, 3))[0].shape == (2, 5, width)
+
+
+def test_a_unet_says_which_channels_it_takes():
+    with pytest.raises(ValueError, match="multiple of 4, got 6"):
+        model(denoiser_type="unet", denoiser_channels=6)
 
 
 def test_numbers_go_on():

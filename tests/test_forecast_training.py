@@ -16,6 +16,8 @@ from transformers import HfArgumentParser
 from diffusers_vsdm import VSDMForecastPipeline
 from diffusers_vsdm.data.frames import regular_frame, rolling_windows
 from diffusers_vsdm.metrics.forecast import forecast_metrics
+from diffusers_vsdm.models.denoisers import DENOISERS
+from diffusers_vsdm.models.encoders import ENCODERS
 from diffusers_vsdm.objectives import denoising_score_matching
 from diffusers_vsdm.trainer import forecast
 from diffusers_vsdm.trainer.checkpoint import list_checkpoints
@@ -142,6 +144,8 @@ def test_a_series_that_begins_late_has_the_typical_scale_of_its_known_part():
         ({"train_batch_size": 100}, walks(), "less than a batch"),
         ({}, walks(gaps=[(slice(0, 72), 1)]), r"\[1\]|s1"),
         ({"freq": "h"}, walks(freq="D").head(0), "frame"),
+        ({}, walks().assign(s1=3.0), r"\['s1'\] never vary.*no_standardize"),
+        ({"differencing": 1}, walks().assign(s2=range(80)), r"differences.*\['s2'\]"),
     ],
 )
 def test_data_that_do_not_do(settings, frame, message):
@@ -255,7 +259,8 @@ def test_an_evaluation_on_the_way_leaves_the_run_as_it_is(tmp_path):
     given = {"num_validation_windows": 1, "output_dir": str(tmp_path)}
     runs = [outcome(ForecastTrainer(tiny(**given, **more), walks())) for more in ({}, {"validation_steps": 5})]
     assert is_same(*runs)
-    assert {path.name for path in (tmp_path / "validation").iterdir()} == {"step-5.png", "step-10.png", "step-15.png"}
+    names = {f"step-{step}.{kind}" for step in (5, 10, 15) for kind in ("json", "png")}
+    assert {path.name for path in (tmp_path / "validation").iterdir()} == names
 
 
 def test_processes_draw_what_one_draws():
@@ -458,6 +463,52 @@ def test_a_report_without_an_evaluation(tmp_path):
     record = write_forecast_report(trainer, result)
     assert "crps_sum" not in record["metrics"] and not (tmp_path / "forecast.png").exists()
     assert "not measured" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("silent, windows", [(slice(60, None), 0), (slice(60, 93), 1)])
+def test_a_series_that_is_silent_before_a_window_costs_its_score_alone(tmp_path, silent, windows):
+    """As with shops that close: nothing is known of it when the forecast is made."""
+    frame = walks(rows=100, gaps=[(silent, 1)])
+    config = tiny(
+        output_dir=str(tmp_path), num_test_windows=1 + windows, num_validation_windows=1, validation_steps=10
+    )
+    result, trainer = train_forecaster(config, frame)
+    record = write_forecast_report(trainer, result)
+    assert record["metrics"]["num_windows"] == windows and (tmp_path / "README.md").exists()
+    assert ("crps_sum" in record["metrics"]) == bool(windows) == (tmp_path / "forecast.png").exists()
+    assert json.loads((tmp_path / "validation" / "step-10.json").read_text())["num_windows"] in (0, 1)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("denoiser", DENOISERS)
+def test_every_weight_that_is_trained_has_a_gradient(encoder, denoiser):
+    """Or else data parallelism waits for it."""
+    trainer = ForecastTrainer(tiny(encoder_type=encoder, denoiser_type=denoiser), walks())
+    batches = trainer._batches()
+    trainer._gradient_step(batches)  # the last layer is zero at first
+    trainer.prepared_optimizer.zero_grad = lambda: None
+    trainer._gradient_step(batches)
+    missing = [n for n, p in trainer.network.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+
+
+def test_values_without_a_scale_are_not_cut():
+    """Around 50, where a bound of ten would leave nothing of them."""
+    trainer = ForecastTrainer(tiny(scaling="none"), 2.5 * walks())
+    assert (trainer.forecaster.typical_scale > 30).all()
+    _, z = trainer.dataset.__getitems__([0, 5])
+    values, _ = trainer.dataset.raw([0, 5])
+    torch.testing.assert_close(z, values[:, trainer.forecaster.units.reach :].float())
+
+
+def test_moments_of_parts_are_those_of_the_whole(monkeypatch):
+    whole = ForecastTrainer(tiny(), walks())
+    monkeypatch.setattr(forecast, "MOMENT_VALUES", 5 * whole.dataset.length * 3)
+    parts = ForecastTrainer(tiny(), walks())
+    assert len(list(parts._moment_batches())) > 5
+    assert torch.equal(whole.forecaster.typical_scale, parts.forecaster.typical_scale)
+    for name in ("mean", "std"):
+        torch.testing.assert_close(getattr(whole.normalizer, name), getattr(parts.normalizer, name))
 
 
 def test_a_report_of_windows_with_missing_values(tmp_path):

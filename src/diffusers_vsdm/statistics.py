@@ -63,7 +63,22 @@ def as_batches(data: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
     return (data,) if isinstance(data, Tensor) else data
 
 
-class Statistics(ModelMixin, ConfigMixin):
+class ExactBuffers:
+    """For modules whose own buffers keep their types when they are cast."""
+
+    _buffers: dict[str, Tensor | None]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if after is not None and buffer is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+
+class Statistics(ExactBuffers, ModelMixin, ConfigMixin):
     """A module of buffers only, whose types `.to(dtype)` and `from_pretrained(dtype=...)` leave alone."""
 
     config_name = "config.json"
@@ -74,12 +89,3 @@ class Statistics(ModelMixin, ConfigMixin):
         for name in ("dtype", "torch_dtype"):
             kwargs.pop(name, None)
         return super().from_pretrained(*args, **kwargs)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            if after is not None and buffer is not None and after.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(after.device)
-        return self

@@ -54,7 +54,8 @@ def calendar_features(index: Any, season_length: int = 1) -> Tensor:
         season_length: Times in a season, for an index without a clock.
     """
     if not hasattr(index, "freqstr"):
-        phase = 2 * np.pi * (np.asarray(index) % season_length) / season_length
+        rows = np.asarray(index) // index.step
+        phase = 2 * np.pi * (rows % season_length) / season_length
         return torch.from_numpy(np.stack([np.sin(phase), np.cos(phase)], axis=1).astype(np.float32))
     from gluonts.time_feature import time_features_from_frequency_str
 

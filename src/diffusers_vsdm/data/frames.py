@@ -4,10 +4,10 @@ A frame holds a column of float64 for each series, with unique names, and NaN wh
 `PeriodIndex` without holes, or a `RangeIndex` where there is no clock.
 """
 
+import contextlib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -29,7 +29,7 @@ CALENDAR_DAYS = {30: "M", 31: "M", 90: "Q", 91: "Q", 92: "Q", 365: "Y", 366: "Y"
 LOOSE = (pd.offsets.MonthEnd, pd.offsets.QuarterEnd, pd.offsets.YearEnd)
 
 
-@contextmanager
+@contextlib.contextmanager
 def quiet_periods() -> Iterator[None]:
     """Pandas means to give up periods of business days, which GluonTS's data sets are made of, and says so often."""
     with warnings.catch_warnings():
@@ -170,8 +170,8 @@ class _Clock:
     def _of_numbers(cls, index: pd.Index, freq: str | None) -> Self:
         if freq is not None:
             raise ValueError(
-                f"`freq` is {freq!r}, but the rows have no time stamps: name their column with `time_column`, make it"
-                " the index, or leave `freq` out."
+                f"`freq` is {freq!r}, but the rows have no time stamps: make their column the index, or name it with"
+                " `time_column` to a script, or leave `freq` out."
             )
         numbers = index.to_numpy(np.int64)
         first, step = int(numbers[0]), _common_step(numbers) if len(numbers) > 1 else 1
@@ -198,7 +198,8 @@ class _Clock:
             problem = next(problem for problem, where in problems.items() if where[row])
             raise ValueError(
                 f"With steps of {self.freq} from {self.stamps[0]} on, row {row}, {self.stamps[row]}, {problem}. If the"
-                ' rows are consecutive all the same, as with a clock change in local time, give irregular="renumber".'
+                ' rows are consecutive all the same, as with a clock change in local time, irregular="renumber" takes'
+                " them so, in `regular_frame` as in a script."
             )
 
 
@@ -224,6 +225,19 @@ def period_freq(freq: str) -> str:
                 f"`freq` {freq!r} is no period of pandas ({error}): give one such as 'min', '15min', 'h', 'D', 'B',"
                 " 'W', 'M', 'Q' or 'Y'."
             ) from error
+
+
+@quiet_periods()
+def same_step(own: str | None, number: int, freq: str, size: int) -> bool:
+    """Whether so many times, of a step of their own if they know it, have the step `freq`, which makes `size` of them.
+
+    Weeks may end on any day. Of an unknown step there must be more than half of them.
+    """
+    if own is not None:
+        with contextlib.suppress(ValueError):
+            found, wanted = (re.sub(r"(?<=W)-\w+$", "", period_freq(name)) for name in (own, freq))
+            return found == wanted
+    return size == 1 or 2 * (number - 1) > size - 1
 
 
 def _period_name(freq: str) -> str:

@@ -95,6 +95,8 @@ class UNetDenoiser(nn.Module):
 
     def __init__(self, sizes: DenoiserSizes):
         super().__init__()
+        if sizes.channels % 4:
+            raise ValueError(f"`denoiser_channels` of a unet must be a multiple of 4, got {sizes.channels}.")
         self.scale = 1000 / sizes.num_train_timesteps  # the embedding is made for a thousand steps
         self.spread = _spread(sizes.hidden_size, sizes.num_series)
         self.padding = -sizes.num_series % 2**self.LEVELS

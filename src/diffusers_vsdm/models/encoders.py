@@ -42,10 +42,13 @@ class TransformerEncoder(nn.Module):
                 n_positions=max_length,
                 n_embd=width,
                 n_layer=num_layers,
-                n_head=max(1, width // 16),
+                n_head=max(heads for heads in range(1, max(1, width // 16) + 1) if width % heads == 0),
+                bos_token_id=None,
+                eos_token_id=None,
                 **rates,
             )
         )
+        self.blocks.wte.requires_grad_(False)  # of words, of which there are none
 
     def forward(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """See the module."""

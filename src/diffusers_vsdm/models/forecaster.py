@@ -18,13 +18,14 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from ..statistics import ExactBuffers
 from .denoisers import DENOISERS, DenoiserSizes
 from .encoders import ENCODERS
 from .mlp import MLPModelOutput
 from .series_units import SCALINGS, SeriesUnits
 
 
-class ForecastModel(ModelMixin, ConfigMixin):
+class ForecastModel(ExactBuffers, ModelMixin, ConfigMixin):
     r"""Predicts the noise in $z_t$, or whatever the scheduler says, given the past.
 
     Args:
@@ -54,6 +55,7 @@ class ForecastModel(ModelMixin, ConfigMixin):
     """
 
     typical_scale: Tensor
+    _keep_in_fp32_modules = ["typical_scale"]  # of sales in millions float16 knows nothing
 
     @register_to_config
     def __init__(

@@ -33,7 +33,8 @@ class SeriesUnits:
 
     Args:
         lags, differencing, scaling, missing_indicators, context_length: As of [`ForecastModel`].
-        typical_scale (`Tensor`): Scale of each series in the training data, `(d,)` in float64.
+        typical_scale (`Tensor`): Scale of each series in the training data, `(d,)` in float64; for `none` its mean
+            absolute value there.
     """
 
     lags: list[int]
@@ -75,6 +76,11 @@ class SeriesUnits:
         typical = self.typical_scale
         return Scale(location, torch.where(scale.isnan(), typical, scale.maximum(LEAST_SCALE * typical)))
 
+    @property
+    def most(self) -> Tensor:
+        """What counts as no more, in the units of what is modelled, `(d,)`."""
+        return MOST_UNITS * (self.typical_scale if self.scaling == "none" else torch.ones_like(self.typical_scale))
+
     def locations(self, values: Tensor, units: Scale) -> Tensor:
         """Location of each time from the `reach`-th on, `(batch, length, d)`, for values `(batch, reach + length, d)`.
 
@@ -95,17 +101,15 @@ class SeriesUnits:
         """
         length = calendar.shape[1]
         lagged = torch.stack([values[:, self.reach - lag : self.reach - lag + length] for lag in self.lags], dim=2)
-        lagged = ((lagged - locations[:, :, None]) / units.scale[:, :, None]).flatten(2)
-        parts = [lagged.nan_to_num().clamp(-MOST_UNITS, MOST_UNITS)]
+        lagged = (lagged - locations[:, :, None]) / units.scale[:, :, None]
+        parts = [lagged.nan_to_num().clamp(-self.most, self.most).flatten(2)]
         if self.missing_indicators:
-            parts.append(lagged.isnan().to(lagged.dtype))
+            parts.append(lagged.isnan().to(lagged.dtype).flatten(2))
         size = (units.scale / self.typical_scale).log().expand(-1, length, -1)
         return torch.cat([*parts, size, calendar.to(lagged.dtype)], dim=2).float()
 
     def windows(self, values: Tensor, calendar: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs `(batch, length, features)` and $z_t$ `(batch, length, d)`, NaN where missing, of windows; float32.
-
-        Jumps of more than ten units count as ten.
+        """Inputs `(batch, length, features)` and $z_t$ `(batch, length, d)`, see [`modelled`], of windows; float32.
 
         Args:
             values: `(batch, reach + length, d)`, NaN where missing; length is that of context and prediction.
@@ -113,6 +117,18 @@ class SeriesUnits:
         """
         units = self.scale(values)
         locations = self.locations(values, units)
-        inputs = self.inputs(values, calendar[:, self.reach :], units, locations)
-        z = (values[:, self.reach :] - locations) / units.scale
-        return inputs, z.clamp(-MOST_UNITS, MOST_UNITS).float()
+        return self.inputs(values, calendar[:, self.reach :], units, locations), self._modelled(
+            values, units, locations
+        )
+
+    def modelled(self, values: Tensor) -> Tensor:
+        """$z_t$ of windows, `(batch, length, d)` in float32, NaN where missing; beyond ten units it counts as ten.
+
+        Args:
+            values: `(batch, reach + length, d)`, NaN where missing.
+        """
+        units = self.scale(values)
+        return self._modelled(values, units, self.locations(values, units))
+
+    def _modelled(self, values: Tensor, units: Scale, locations: Tensor) -> Tensor:
+        return ((values[:, self.reach :] - locations) / units.scale).clamp(-self.most, self.most).float()

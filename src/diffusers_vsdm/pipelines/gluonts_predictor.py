@@ -18,11 +18,11 @@ class VSDMPredictor(Predictor):
 
     Args:
         pipeline ([`VSDMForecastPipeline`]): The pipeline.
-        num_inference_steps (`int`, *optional*), batch_size (`int`): As in its call.
+        num_inference_steps (`int`, *optional*), batch_size (`int`, *optional*): As in its call.
         seed (`int`, *optional*): Of the paths.
     """
 
-    def __init__(self, pipeline: Any, num_inference_steps: int | None, seed: int | None, batch_size: int):
+    def __init__(self, pipeline: Any, num_inference_steps: int | None, seed: int | None, batch_size: int | None):
         config = pipeline.model.config
         super().__init__(prediction_length=config["prediction_length"], lead_time=0)
         self.pipeline, self.num_inference_steps = pipeline, num_inference_steps
@@ -43,7 +43,7 @@ class VSDMPredictor(Predictor):
         )
         length = self.prediction_length
         for entry, samples in zip(entries, output.samples, strict=True):
-            start = entry["start"] + (entry["target"].shape[-1])
+            start = entry["start"] + np.shape(entry["target"])[-1]
             yield SampleForecast(samples=samples[:, :length], start_date=start, item_id=entry.get("item_id"))
 
     def _history(self, entry: Any) -> Any:

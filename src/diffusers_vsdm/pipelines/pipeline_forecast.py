@@ -1,7 +1,7 @@
 """`VSDMForecastPipeline`: sample paths of many series together, from their history on."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ from ..models.forecaster import ForecastModel
 from ..normalizer import DataNormalizer
 from ..schedulers import VSDMScheduler
 from .pipeline_vsdm import VSDMPipeline, default_num_steps
+
+
+MOST_PATHS, MOST_VALUES = 4096, 1 << 27  # sampled at once
 
 
 @dataclass
@@ -53,7 +56,7 @@ class VSDMForecastOutput(BaseOutput):
         self,
         history: Any = None,
         truth: Any = None,
-        series: list[str] | list[int] | None = None,
+        series: str | list[str] | list[int] | None = None,
         intervals: tuple[float, ...] = (0.5, 0.9),
         num_history: int | None = None,
         paths: int = 0,
@@ -62,7 +65,7 @@ class VSDMForecastOutput(BaseOutput):
 
         Args:
             history, truth (`pd.DataFrame` or array `(time, d)`, *optional*): What came before, and what came.
-            series (*optional*): Names or numbers of the series. Defaults to the first four.
+            series (*optional*): Names or numbers of the series, or a name. Defaults to the first four.
             intervals: Masses of the central intervals that are shaded.
             num_history (`int`, *optional*): Times of the history to show. Defaults to twice the forecast's.
             paths (`int`, defaults to 0): Sample paths to draw too.
@@ -70,7 +73,8 @@ class VSDMForecastOutput(BaseOutput):
         from matplotlib.figure import Figure
 
         self._check_single("plot")
-        chosen = [self._number(s) for s in (range(min(4, len(self.names))) if series is None else series)]
+        several = range(min(4, len(self.names))) if series is None else series
+        chosen = [self._number(s) for s in ([several] if isinstance(several, str) else several)]
         figure = Figure(figsize=(8, 2.2 * len(chosen)), dpi=110, layout="constrained")
         length = self.samples.shape[1]
         ahead = np.arange(length)
@@ -103,10 +107,12 @@ class VSDMForecastOutput(BaseOutput):
         return series
 
     def _column(self, values: Any, i: int) -> np.ndarray:
-        """A series by its name, or of an array by its place."""
-        names = [str(name) for name in getattr(values, "columns", ())]
-        place = names.index(self.names[i]) if self.names[i] in names else i
-        return np.asarray(values, dtype=float)[:, place]
+        """A series by its name, or of an array by its place; with times, those that are missing are NaN."""
+        from ..data.frames import frames_of
+
+        (frame,), _ = frames_of(values, getattr(self.index, "freqstr", None))
+        place = list(frame.columns).index(self.names[i]) if self.names[i] in frame.columns else i
+        return frame.iloc[:, place].to_numpy()
 
     def _check_single(self, method: str) -> None:
         if self.samples.ndim != 3:
@@ -153,7 +159,7 @@ class VSDMForecastPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         generator: torch.Generator | None = None,
         start: Any = None,
-        batch_size: int = 4096,
+        batch_size: int | None = None,
         return_dict: bool = True,
     ) -> VSDMForecastOutput | tuple[np.ndarray]:
         """Sample paths of the times after a history.
@@ -167,30 +173,37 @@ class VSDMForecastPipeline(DiffusionPipeline):
             num_inference_steps (`int`, *optional*): Steps of the solver at each time. Defaults to 50, or all training
                 times if there are fewer.
             generator (`torch.Generator`, *optional*): For reproducible paths; they depend on `batch_size` too.
-            start (`str` or `pd.Period`, *optional*): The first time of arrays, for a model whose series have a clock.
-            batch_size (`int`, defaults to 4096): Paths that are sampled at once.
+            start (`str`, `pd.Period` or `int`, *optional*): The first time of arrays, of all of them; for a model whose
+                series have no clock its number, by default 0.
+            batch_size (`int`, *optional*): Paths that are sampled at once. Defaults to 4096, or as many as have 1 GiB of
+                values to remember.
             return_dict (`bool`, defaults to `True`): Whether to return a [`VSDMForecastOutput`] or a tuple.
 
         Returns:
             [`VSDMForecastOutput`], or the tuple `(samples,)`.
 
         Raises:
-            ValueError: A history is too short, has another number of series or another frequency than the model's, an
-                index with doubled times or times out of order, infinite values, or a series without any value in the
-                model's reach; or a number is not positive.
+            ValueError: A history is too short, has another number of series, lacks some of the model's, or has another
+                frequency than the model's, an index with doubled times or times out of order, infinite values, or a
+                series without any value in the model's reach; or a number is not positive.
             TypeError: A history is of another type.
         """
         length = self.model.config["prediction_length"] if prediction_length is None else prediction_length
         steps = default_num_steps(self.scheduler) if num_inference_steps is None else num_inference_steps
-        numbers = {"num_samples": num_samples, "prediction_length": length, "batch_size": batch_size}
-        for name, value in (numbers | {"num_inference_steps": steps}).items():
+        numbers = {"num_samples": num_samples, "prediction_length": length, "num_inference_steps": steps}
+        for name, value in (numbers | ({} if batch_size is None else {"batch_size": batch_size})).items():
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"`{name}` must be a positive whole number, got {value!r}.")
+        if isinstance(generator, (list, tuple)):
+            raise ValueError(f"`generator` must be one for all paths, got {len(generator)} of them.")
         if self.model.config["encoder_type"] == "transformer" and length > self.model.config["prediction_length"]:
             raise ValueError(
                 f"`prediction_length` {length} is more than the {self.model.config['prediction_length']} that this"
                 " model's transformer has positions for."
             )
+        if batch_size is None:
+            remembered = (self.model.units.reach + length) * self.model.config["num_series"]
+            batch_size = max(1, min(MOST_PATHS, MOST_VALUES // remembered))
         frames, is_single = self._frames(history, start)
         values = torch.stack([self._values(frame) for frame in frames])
         indices = [_times_after(frame.index, length) for frame in frames]
@@ -220,7 +233,9 @@ class VSDMForecastPipeline(DiffusionPipeline):
         )
         return output if return_dict else (output.samples,)
 
-    def predictor(self, num_inference_steps: int | None = None, seed: int | None = None, batch_size: int = 4096) -> Any:
+    def predictor(
+        self, num_inference_steps: int | None = None, seed: int | None = None, batch_size: int | None = None
+    ) -> Any:
         """This pipeline as a `gluonts.model.predictor.Predictor`, for `make_evaluation_predictions` and the like.
 
         Args:
@@ -246,23 +261,22 @@ class VSDMForecastPipeline(DiffusionPipeline):
         past = calendar[:, reach : units.history_length]
         _, state = model.encode(told(units.inputs(values, past, scale, units.locations(values, scale))))
         state = model.encoder.repeat(state, num_samples)
-        known = _filled(values, units.differencing)[:, -reach:]
         scale = type(scale)(*(part.repeat_interleave(num_samples, 0) for part in scale))
         # the lags of what is missing are missing; what is a difference to it is one to the last value before
-        recent, references = (x.repeat_interleave(num_samples, 0) for x in (values[:, -reach:], known))
+        recent = _with_room(values[:, -reach:], num_samples, length)
+        filled = _filled(values, units.differencing)
+        references = recent if filled is values else _with_room(filled[:, -reach:], num_samples, length)
         ahead = calendar[:, units.history_length :].repeat_interleave(num_samples, 0)
-        unknown = torch.full_like(recent[:, :1], torch.nan)
-        paths = []
         for step in range(length):
             # the last of these is the one to predict, whose location is known
-            location = units.locations(torch.cat([references, unknown], 1), scale)
-            inputs = units.inputs(torch.cat([recent, unknown], 1), ahead[:, step : step + 1], scale, location)
+            window = slice(step, step + reach + 1)
+            location = units.locations(references[:, window], scale)
+            inputs = units.inputs(recent[:, window], ahead[:, step : step + 1], scale, location)
             condition, state = model.encode(told(inputs), state)
-            x = location + scale.scale * self._sample(condition[:, 0], generator)[:, None].cpu().double()
-            recent, references = (torch.cat([window[:, 1:], x], 1) for window in (recent, references))
-            paths.append(x)
+            x = location[:, 0] + scale.scale[:, 0] * self._sample(condition[:, 0], generator).cpu().double()
+            recent[:, reach + step] = references[:, reach + step] = x
             bar.update()
-        return torch.cat(paths, dim=1).unflatten(0, (-1, num_samples))
+        return recent[:, reach:].unflatten(0, (-1, num_samples))
 
     def _sample(self, condition: Tensor, generator: Any) -> Tensor:
         """One value of all series in the model's units, `(n, d)`, given what the encoder knows."""
@@ -284,16 +298,25 @@ class VSDMForecastPipeline(DiffusionPipeline):
         """Histories as frames whose index is the model's kind, and whether there is only one."""
         import pandas as pd
 
-        from ..data.frames import frames_of
+        from ..data.frames import frames_of, same_step
 
         freq = self.model.config["freq"]
         history = list(history) if isinstance(history, Iterator) else history
         frames, is_single = frames_of(history, freq)
         for frame, given in zip(frames, [history] if is_single else history, strict=True):
-            if freq is not None and isinstance(given, pd.DataFrame | pd.Series) and 2 * len(given) <= len(frame):
+            if isinstance(given, np.ndarray):
+                continue
+            if start is not None:
                 raise ValueError(
-                    f"`history` has {len(given)} times where the model's frequency {freq!r} makes {len(frame)}: its"
-                    " own is another. Resample it; or, if so much is missing, give the missing times as rows of NaN."
+                    f"`start` is the first time of arrays, and a {type(given).__name__} has its own: leave it out, or"
+                    " pass an array."
+                )
+            clock = given["start"] if isinstance(given, Mapping) else given.index
+            own = getattr(clock, "freqstr", None)
+            if freq is not None and not same_step(own, len(given), freq, len(frame)):
+                raise ValueError(
+                    f"`history` has another frequency than the model's, {freq!r}, which makes {len(frame)} times of"
+                    " it. Resample it; or, if so much is missing, give the missing times as rows of NaN."
                 )
         return [self._checked(frame, start, freq) for frame in frames], is_single
 
@@ -311,6 +334,9 @@ class VSDMForecastPipeline(DiffusionPipeline):
             frame = frame.set_axis(names, axis=1)  # an array's
         elif names is not None and sorted(columns) == sorted(names):
             frame = frame.set_axis(columns, axis=1)[names]  # in whatever order they came
+        elif names is not None and set(columns) & set(names):
+            lacking = [name for name in names if name not in columns]
+            raise ValueError(f"`history` has some of the model's series, and not {lacking[:5]}: rename or add them.")
         has_clock = isinstance(frame.index, pd.PeriodIndex)
         if freq is not None and not has_clock:
             if start is None:
@@ -320,6 +346,10 @@ class VSDMForecastPipeline(DiffusionPipeline):
                 )
             with quiet_periods():
                 frame = frame.set_axis(pd.period_range(start, periods=len(frame), freq=freq), axis=0)
+        if freq is None and start is not None:
+            if isinstance(start, bool) or not isinstance(start, (int, np.integer)):
+                raise ValueError(f"`start` must be a whole number, for a model without a clock, got {start!r}.")
+            frame = frame.set_axis(pd.RangeIndex(int(start), int(start) + len(frame)), axis=0)
         if freq is None and has_clock:
             raise ValueError("`history` has times, but the model was trained on series without a clock: pass an array.")
         if len(frame) < needed:
@@ -348,6 +378,13 @@ def _times_after(index: Any, length: int) -> Any:
         with quiet_periods():
             return pd.period_range(index[-1] + 1, periods=length, freq=index.freq)
     return pd.RangeIndex(index[-1] + index.step, index[-1] + index.step * (length + 1), index.step)
+
+
+def _with_room(values: Tensor, num_samples: int, length: int) -> Tensor:
+    """Each window so many times, with `length` unknown times after its own."""
+    room = values.new_full((len(values) * num_samples, values.shape[1] + length, values.shape[2]), torch.nan)
+    room[:, : values.shape[1]] = values.repeat_interleave(num_samples, 0)
+    return room
 
 
 def _filled(values: Tensor, stride: int) -> Tensor:

@@ -4,7 +4,8 @@ The drift carries the values of all windows to the prior, whatever their past: a
 simulates from one of the training windows for each trajectory.
 """
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ from .config import RunConfig, setting
 
 
 MOMENT_WINDOWS = 2000  # whose values the moments and scales are of
+MOMENT_VALUES = 1 << 23  # of them at once
 MODEL_SETTINGS = (
     *("encoder_type", "encoder_layers", "encoder_width", "encoder_dropout", "input_dropout"),
     *("denoiser_type", "denoiser_layers", "denoiser_channels", "denoiser_width"),
@@ -204,7 +206,21 @@ class ForecastTrainer(BaseTrainer):
         dataset = WindowDataset(values, calendar, self.forecaster.units, length)
         self.forecaster.typical_scale.copy_(self._typical_scale(dataset))
         dataset.units = self.forecaster.units
+        if config.standardize:
+            self._check_varies(frame)
         return dataset
+
+    def _check_varies(self, frame: Any) -> None:
+        """That each series has a standard deviation."""
+        m = self.config.differencing
+        values = frame.diff(m) if m else frame
+        still = [str(name) for name in values.columns[(values.min() == values.max()).to_numpy()]]
+        if still:
+            what = f"differences over {m} times" if m else "values"
+            raise ValueError(
+                f"The {what} of the series {still[:5]} never vary in the times to train on: leave them out, or pass"
+                " --no_standardize."
+            )
 
     def _some_windows(self, dataset: WindowDataset, number: int, *key: int) -> list[int]:
         """Windows drawn with repetition; the same ones in all processes."""
@@ -214,25 +230,33 @@ class ForecastTrainer(BaseTrainer):
 
     def _typical_scale(self, dataset: WindowDataset) -> Tensor:
         """Of each series the mean over windows in which it varies; 1 for one that never does."""
-        values, _ = dataset.raw(self._some_windows(dataset, min(len(dataset), MOMENT_WINDOWS), 1))
-        units = replace(dataset.units, typical_scale=torch.zeros_like(dataset.units.typical_scale))
-        scale = units.scale(values).scale[:, 0]
+        units = dataset.units
+        scaling = "mean" if units.scaling == "none" else units.scaling
+        units = replace(units, scaling=scaling, typical_scale=torch.zeros_like(units.typical_scale))
+        scale = torch.cat([units.scale(values).scale[:, 0] for values in self._moment_windows(dataset)])
         mean = torch.where(scale > 0, scale, torch.nan).nanmean(0)
         return mean.nan_to_num(1.0)
 
+    def _moment_windows(self, dataset: WindowDataset) -> Iterator[Tensor]:
+        """Values of the windows that moments and scales are of, as many at once as fit."""
+        chosen = self._some_windows(dataset, min(len(dataset), MOMENT_WINDOWS), 1)
+        size = max(1, MOMENT_VALUES // (dataset.length * dataset.values.shape[1]))
+        for first in range(0, len(chosen), size):
+            yield dataset.raw(chosen[first : first + size])[0]
+
     def _moment_batches(self) -> Iterable[Tensor]:
         """Values of windows in the model's units; what is missing is drawn from what is known of its series."""
-        dataset = self.dataset
-        _, z = dataset.__getitems__(self._some_windows(dataset, min(len(dataset), MOMENT_WINDOWS), 1))
-        z = z.flatten(0, 1)
-        generator = torch.Generator().manual_seed(self.config.seed)
-        for i in z.isnan().any(0).nonzero().flatten().tolist():
-            missing = z[:, i].isnan()
-            known = z[~missing, i]
-            if len(known) == 0:
-                known = torch.zeros(1)
-            z[missing, i] = known[torch.randint(len(known), (int(missing.sum()),), generator=generator)]
-        return (z,)
+        generator, batches = torch.Generator().manual_seed(self.config.seed), []
+        for values in self._moment_windows(self.dataset):
+            z = self.dataset.units.modelled(values).flatten(0, 1)
+            for i in z.isnan().any(0).nonzero().flatten().tolist():
+                missing = z[:, i].isnan()
+                known = z[~missing, i]
+                if len(known) == 0:
+                    known = torch.zeros(1)
+                z[missing, i] = known[torch.randint(len(known), (int(missing.sum()),), generator=generator)]
+            batches.append(z)
+        return batches
 
     def _build_network(self) -> ForecastModel:
         return self.forecaster
@@ -274,9 +298,11 @@ class ForecastTrainer(BaseTrainer):
                     self._pipeline(network, scheduler), self.validation_windows, self.config
                 )
             self.accelerator.log({f"validation/{key}": value for key, value in found.items()}, step=self.step)
-            file = self.folder / "validation" / f"step-{self.step}.png"
+            file = self.folder / "validation" / f"step-{self.step}.json"
             file.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(file)
+            file.write_text(json.dumps(found, indent=2) + "\n")
+            if figure is not None:
+                figure.savefig(file.with_suffix(".png"))
         self.accelerator.wait_for_everyone()
 
 
@@ -300,10 +326,15 @@ def load_frame(config: ForecastConfig) -> Any:
 def evaluate_forecasts(
     pipeline: VSDMForecastPipeline, windows: list[tuple[Any, Any]], config: ForecastConfig
 ) -> tuple[dict[str, float], Any]:
-    """Scores, see [`forecast_metrics`], and a figure of the first window.
+    """Scores, see [`forecast_metrics`], and a figure of the first window that can be forecast, if any.
 
-    Windows with missing values have no score; `num_windows` is how many have one.
+    Windows with missing values, and those before which nothing is known of a series, have no score; `num_windows` is
+    how many have one.
     """
+    needed = pipeline.model.history_length
+    windows = [(history, truth) for history, truth in windows if not history.iloc[-needed:].isna().all().any()]
+    if not windows:
+        return {"num_windows": 0}, None
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator(pipeline.device).manual_seed(EVALUATION_SEED)
     steps = config.ddpm_num_inference_steps or min(EVALUATION_STEPS, config.ddpm_num_steps)

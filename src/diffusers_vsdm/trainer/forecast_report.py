@@ -17,10 +17,12 @@ def write_forecast_report(trainer: ForecastTrainer, result: TrainingResult) -> d
     metrics = training_metrics(result, pipeline.model)
     metrics["num_series"] = pipeline.model.config["num_series"]
     metrics["history_length"] = pipeline.model.history_length
+    metrics["freq"] = pipeline.model.config["freq"]
     if trainer.test_windows:
         scores, figure = evaluate_forecasts(pipeline, trainer.test_windows, config)
         metrics |= scores
-        figure.savefig(folder / "forecast.png")
+        if figure is not None:
+            figure.savefig(folder / "forecast.png")
     drift_picture(config, result).save(folder / "drift.png")
     record = write_record(config, metrics)
     render_card(folder, record)

@@ -67,12 +67,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "electricity": LARGE,
     "electricity-138": LARGE,
     "electricity-15min": LARGE,
-    "solar": LARGE | {"season_length": 10, "differencing": 10},
+    "solar": LARGE | {"season_length": 10, "differencing": 10, "input_dropout": 0.7},
 }
 
 
 VALIDATION_WINDOWS = 30
-CHOICES = tuple({"input_dropout": share} for share in (0.0, 0.5, 0.7))  # that validation is between
+CHOICES = tuple({"input_dropout": share} for share in (0.0, 0.5, 0.7, 0.8))  # that validation is between
 
 
 def series(dataset: str, data: Path) -> Any:

@@ -310,9 +310,10 @@ def test_the_likelihood_is_in_the_card_and_measured_again_by_the_command_line(la
     assert f"nll: {again['nll']:.4f} ± {again['nll_standard_error']:.4f}" in outcome.stdout
 
 
-def test_networks_that_are_split_over_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(setup.Accelerator, "distributed_type", setup.DistributedType.FSDP)
-    with pytest.raises(ValueError, match="FSDP.*multi_gpu"):
+@pytest.mark.parametrize("kind, name", [("FSDP", "FSDP, version 1"), ("DEEPSPEED", "DEEPSPEED")])
+def test_ways_to_split_networks_that_are_refused(monkeypatch, kind, name):
+    monkeypatch.setattr(setup.Accelerator, "distributed_type", setup.DistributedType(kind))
+    with pytest.raises(ValueError, match=f"{name}.*multi_gpu.*fsdp_version 2"):
         loop.Trainer(tiny())
 
 

@@ -29,6 +29,7 @@ from .averaging import averaged
 from .checkpoint import check_settings, find_checkpoint, inside, load_checkpoint, save_checkpoint
 from .config import RunConfig
 from .setup import FUSED, as_it_is, build_accelerator, build_scheduler, seed_dropout
+from .sharding import gathered, is_sharded, split_like, whole_network
 
 
 LOSS_WINDOW = 100
@@ -279,10 +280,13 @@ class BaseTrainer(ABC):
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-        if self.ema is not None:
-            self.ema.copy_to(self.network.parameters())
+        network = self.network
+        if is_sharded(network):
+            network = whole_network(network, self.ema)
+        elif self.ema is not None:
+            self.ema.copy_to(network.parameters())
         result = TrainingResult(
-            pipeline=self._pipeline(self.network.eval(), self.scheduler),
+            pipeline=self._pipeline(network.eval(), self.scheduler),
             lambdas=torch.stack(self.lambdas),
             final_loss=torch.stack(self.losses).mean().item(),
             seconds=self.seconds,
@@ -398,7 +402,7 @@ class BaseTrainer(ABC):
     def _new_ema(self, decay: float) -> EMAModel | None:
         if not self.config.use_ema:
             return None
-        return EMAModel(self.network.parameters(), decay=decay, foreach=True)
+        return EMAModel(self.network.parameters(), decay=decay, foreach=not is_sharded(self.network))
 
     def _log(self, bar: tqdm) -> None:
         loss = torch.stack(self.losses).mean().item()
@@ -415,9 +419,10 @@ class BaseTrainer(ABC):
 
     def save(self) -> None:
         """Write `checkpoint-{step}` on the main process."""
-        if self.accelerator.is_main_process:
-            limit = self.config.checkpoints_total_limit
-            save_checkpoint(self.folder, self.step, self._tensors(), self._numbers(), limit)
+        is_main = self.accelerator.is_main_process
+        tensors = self._tensors() if is_main or is_sharded(self.network) else {}
+        if is_main:
+            save_checkpoint(self.folder, self.step, tensors, self._numbers(), self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
 
     def load(self, path: Path) -> None:
@@ -428,15 +433,26 @@ class BaseTrainer(ABC):
         """
         tensors, numbers = load_checkpoint(path)
         check_settings(path, numbers["config"], self.config.identity(), self.config.default_identity())
-        self.network.load_state_dict(inside(tensors, "network"))
+        known = self.network.state_dict()
+        self.network.load_state_dict(
+            {name: split_like(tensor, known[name]) for name, tensor in inside(tensors, "network").items()}
+        )
         self.drift.load_state_dict(inside(tensors, "drift"))
-        state = {int(i): inside(inside(tensors, "optimizer"), i) for i in numbers["optimizer_indices"]}
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = inside(tensors, "optimizer")
+        state = {
+            int(i): {name: split_like(tensor, parameters[int(i)]) for name, tensor in inside(moments, i).items()}
+            for i in numbers["optimizer_indices"]
+        }
         self.optimizer.load_state_dict({"state": state, "param_groups": numbers["param_groups"]})
         self.lr_scheduler.load_state_dict(self.lr_scheduler.state_dict() | numbers["lr_scheduler"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
         if self.ema is not None:
-            shadow = [tensors[f"ema.{i}"].to(self.accelerator.device) for i in range(len(self.ema.shadow_params))]
+            device = self.accelerator.device
+            shadow = [
+                split_like(tensors[f"ema.{i}"].to(device), known) for i, known in enumerate(self.ema.shadow_params)
+            ]
             self.ema.load_state_dict(numbers["ema"] | {"shadow_params": shadow})
         self.lambdas = list(tensors["lambdas"])
         self.losses = list(tensors["losses"].to(self.accelerator.device))
@@ -455,7 +471,7 @@ class BaseTrainer(ABC):
             tensors |= {f"ema.{i}": tensor for i, tensor in enumerate(self.ema.shadow_params)}
         tensors |= {"lambdas": torch.stack(self.lambdas), "losses": torch.stack(self.losses)}
         tensors |= {name: getattr(self.approximation, name) for name in STAGE_TENSORS}
-        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+        return {name: gathered(tensor).contiguous() for name, tensor in tensors.items()}
 
     def _numbers(self) -> dict[str, Any]:
         optimizer = self.optimizer.state_dict()

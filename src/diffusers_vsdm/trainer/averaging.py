@@ -6,10 +6,18 @@ from collections.abc import Iterator
 import torch
 from diffusers.training_utils import EMAModel
 
+from .sharding import is_sharded, whole_network
+
 
 @contextlib.contextmanager
 def averaged(network: torch.nn.Module, ema: EMAModel | None) -> Iterator[torch.nn.Module]:
-    """The network in evaluation, with its averaged weights if there are any; afterwards it is as it was."""
+    """The network in evaluation, with its averaged weights if there are any; afterwards it is as it was.
+
+    One that is split over the processes stays in training, and what is yielded is a copy, whole in each of them.
+    """
+    if is_sharded(network):
+        yield whole_network(network, ema)
+        return
     network.eval()
     if ema is None:
         yield network

@@ -291,19 +291,19 @@ class ForecastTrainer(BaseTrainer):
 
     def _validate(self) -> None:
         """Scores and a picture of the first validation window, in the log and in a file."""
+        with self._averaged_network() as network:
+            if self.accelerator.is_main_process:
+                scheduler = VSDMScheduler.from_config(self.scheduler.config)  # the drift comes along, copied
+                pipeline = self._pipeline(network, scheduler)
+                found, figure = evaluate_forecasts(pipeline, self.validation_windows, self.config)
+            self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            scheduler = VSDMScheduler.from_config(self.scheduler.config)  # the drift comes along, copied
-            with self._averaged_network() as network:
-                found, figure = evaluate_forecasts(
-                    self._pipeline(network, scheduler), self.validation_windows, self.config
-                )
             self.accelerator.log({f"validation/{key}": value for key, value in found.items()}, step=self.step)
             file = self.folder / "validation" / f"step-{self.step}.json"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(found, indent=2) + "\n")
             if figure is not None:
                 figure.savefig(file.with_suffix(".png"))
-        self.accelerator.wait_for_everyone()
 
 
 def load_frame(config: ForecastConfig) -> Any:

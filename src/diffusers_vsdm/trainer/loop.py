@@ -110,27 +110,29 @@ class Trainer(BaseTrainer):
 
     def _validate(self) -> None:
         """A picture of samples of the model as it is, a file and an image in the log, and its likelihoods."""
-        if self.accelerator.is_main_process:
-            scheduler = VSDMScheduler.from_config(self.scheduler.config)  # the drift comes along, copied
-            config = self.config
-            steps = config.ddpm_num_inference_steps or None
-            with self._averaged_network() as network:
-                pipeline = self._pipeline(network, scheduler)
-                number = config.num_eval_samples if config.is_toy else config.eval_batch_size
-                picture = picture_samples(pipeline, number, steps)
-                likelihood = self._likelihood(pipeline) or {}
-                found = self._measured("FID", lambda: self.fid(pipeline, steps) if self.fid else {}) or {}
-            found |= {f"likelihood/{k}": v for k, v in likelihood.items() if not k.endswith("_evaluations")}
-            self.accelerator.log(found, step=self.step)
-            file = self.folder / "validation" / f"step-{self.step}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(file)
-            if found:
-                file.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
-            for tracker in self.accelerator.trackers:
-                form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"samples": np.asarray(picture)[None]}, step=self.step, **form)
-        self.accelerator.wait_for_everyone()
+        with self._averaged_network() as network:
+            if self.accelerator.is_main_process:
+                # the drift comes along, copied
+                self._picture(self._pipeline(network, VSDMScheduler.from_config(self.scheduler.config)))
+            self.accelerator.wait_for_everyone()
+
+    def _picture(self, pipeline: VSDMPipeline) -> None:
+        config = self.config
+        steps = config.ddpm_num_inference_steps or None
+        number = config.num_eval_samples if config.is_toy else config.eval_batch_size
+        picture = picture_samples(pipeline, number, steps)
+        likelihood = self._likelihood(pipeline) or {}
+        found = self._measured("FID", lambda: self.fid(pipeline, steps) if self.fid else {}) or {}
+        found |= {f"likelihood/{k}": v for k, v in likelihood.items() if not k.endswith("_evaluations")}
+        self.accelerator.log(found, step=self.step)
+        file = self.folder / "validation" / f"step-{self.step}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(file)
+        if found:
+            file.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
+        for tracker in self.accelerator.trackers:
+            form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": np.asarray(picture)[None]}, step=self.step, **form)
 
     def _small_fid(self) -> SmallFid | None:
         config = self.config

@@ -27,7 +27,6 @@ MOMENT_SAMPLES = 10_000
 # in a batch of them: 8 MB in float64. glibc keeps freed blocks of up to this size from then on, instead of giving the
 # memory of activations back after every step, and training on a CPU has fewer page faults
 MOMENT_VALUES = 1 << 20
-SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 FUSED = ("cpu", "cuda", "xpu")  # where AdamW is one kernel
 
 
@@ -50,10 +49,12 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         # Accelerate would go on in float32, silently
         raise ValueError(f"`mixed_precision` 'fp16' needs a GPU, not {accelerator.device.type!r}: use 'bf16' or 'no'.")
-    if accelerator.distributed_type in SHARDING:
+    kind = accelerator.distributed_type
+    old_fsdp = kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    if old_fsdp or kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"Accelerate is configured for {accelerator.distributed_type.value}, which splits the network, but"
-            " averages and checkpoints here are of whole ones. Use data parallelism (`--multi_gpu`)."
+            f"Accelerate is configured for {kind.value}{', version 1' * old_fsdp}, whose parts of a network cannot be"
+            " averaged here: use data parallelism (`--multi_gpu`), or FSDP with `--fsdp_version 2`."
         )
     return accelerator
 

@@ -85,10 +85,11 @@ def test_a_bridge_is_evaluated_with_both_networks(tmp_path):
     bridge.save_pretrained(tmp_path)
     settings = {"likelihood": True, "dataset_name": "spiral-8y", "num_samples": 8}
     found, without = (
-        evaluate(EvaluationConfig(pretrained_model_name_or_path=source, **settings))["nll"]
+        evaluate(EvaluationConfig(pretrained_model_name_or_path=source, **settings))
         for source in (str(tmp_path), "model_cards/spiral-8y")
     )
-    assert abs(found - without) > 1e-3
+    assert abs(found["nll"] - without["nll"]) > 1e-3
+    assert (found["bound_evaluations"], without["bound_evaluations"]) == (200, 8)  # of 100 training times
 
 
 def test_data_that_are_not_the_models(model):

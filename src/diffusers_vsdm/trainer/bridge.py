@@ -469,21 +469,25 @@ def _accelerator(config: BridgeConfig) -> Accelerator:
 
 def _trained_start(config: BridgeConfig, folder: Path | None) -> tuple[VSDMPipeline, float]:
     """The model to start from and the seconds of its training; kept in `folder`, from where a resumed run takes it."""
+    unmeasured = replace(config, num_likelihood_samples=0)
+    if folder is None:
+        result = train(unmeasured)
+        return result.pipeline, result.seconds
     own = {setting.name for setting in fields(TrainingConfig)}
     settings, default = (
         {name: value for name, value in identity.items() if name in own}
         for identity in (config.identity(), config.default_identity())
     )
-    is_main, record = process_state().is_main_process, None if folder is None else folder / START_RECORD
-    if folder is not None and record is not None and config.resume_from_checkpoint and record.exists():
+    is_main, record = process_state().is_main_process, folder / START_RECORD
+    if config.resume_from_checkpoint and record.exists():
         known = json.loads(record.read_text())
         check_settings(folder, known["config"], settings, default)
         return VSDMPipeline.from_pretrained(folder), known["seconds"]
-    if folder is not None and is_main and not config.resume_from_checkpoint:  # of a run that this one replaces
+    if is_main and not config.resume_from_checkpoint:  # those of a run that this one replaces
         for old in (folder, folder.with_name(BRIDGE_FOLDER)):
             shutil.rmtree(old, ignore_errors=True)
-    result = train(replace(config, num_likelihood_samples=0))
-    if folder is not None and record is not None and is_main:
+    result = train(unmeasured)
+    if is_main:
         result.pipeline.save_pretrained(folder)
         write_atomically(record, json.dumps({"config": settings, "seconds": result.seconds}).encode())
     return result.pipeline, result.seconds

@@ -125,7 +125,7 @@ def measure_likelihood(
         pipeline: The model.
         samples: As for [`VSDMPipeline.log_likelihood`].
         batch_size: Samples at once; 0 for some 260,000 numbers.
-        num_times: Network calls of the bound for each sample.
+        num_times: Network calls of the bound for each sample; a bridge calls both networks at all training times.
         seed: Of dequantisation and the estimates.
         divergence, rtol, atol: As for [`VSDMPipeline.log_likelihood`].
 
@@ -146,7 +146,7 @@ def measure_likelihood(
     record: dict[str, Any] = {
         "num_samples": len(samples),
         "nll_evaluations": round(calls / len(samples)),
-        "bound_evaluations": num_times,
+        "bound_evaluations": 2 * len(pipeline.process()) if isinstance(pipeline, BridgePipeline) else num_times,
     }
     for name, values in parts.items():
         estimate = Estimate.of(torch.cat(values))

@@ -44,6 +44,19 @@ def run_python(arguments, cwd=ROOT, env=None, timeout=60) -> subprocess.Complete
     return subprocess.CompletedProcess(arguments, process.exitcode, output, errors)
 
 
+def run_two(code: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """Two processes of a script with this code, by torchrun on CPUs, that find the package and these tests.
+
+    Unlike forks of `debug_launcher`, in which Accelerate never ends the group of processes.
+    """
+    script = folder / "script.py"
+    script.write_text(code)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *arguments]
+    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=60)
+
+
 def _become(arguments: list[str], cwd: str, environment: dict[str, str], folder: str) -> None:
     """Take the place of `python ARGUMENTS`."""
     for number, name in enumerate(("output", "errors"), 1):

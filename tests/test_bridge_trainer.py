@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,7 +16,7 @@ from diffusers_vsdm.trainer.bridge import BridgeConfig, BridgeTrainer, train_bri
 from diffusers_vsdm.trainer.checkpoint import list_checkpoints
 from diffusers_vsdm.trainer.loop import train
 
-from .processes import ROOT
+from .processes import run_two
 
 
 def tiny(**settings):
@@ -162,17 +159,8 @@ def _one_of_two(folder):
 
 def test_two_processes_share_their_gradients(tmp_path):
     """By torchrun, after which, unlike after a fork, Accelerate may end the group of processes."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"from pathlib import Path\nfrom tests import test_bridge_trainer as t\nt._one_of_two(Path({str(tmp_path)!r}))"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    call = f"test_bridge_trainer._one_of_two(Path({str(tmp_path)!r}))"
+    outcome = run_two(f"from pathlib import Path\nfrom tests import test_bridge_trainer\n{call}\n", tmp_path)
     assert outcome.returncode == 0, outcome.stderr[-2000:]
     first, second = (torch.load(tmp_path / f"{index}.pt") for index in range(2))
     for objective, (expected, steps) in first.items():

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from diffusers_vsdm.trainer.evaluation import EvaluationConfig, evaluate
 from diffusers_vsdm.trainer.fidelity import SamplingRun, measure_fidelity, reference_features
 from diffusers_vsdm.trainer.shards import load_shards, make_shards
 
-from .processes import run_python
+from .processes import run_python, run_two
 
 
 def has_torch_fidelity():
@@ -240,13 +239,10 @@ def test_processes_share_the_pieces(pipeline, tmp_path):
     FeatureStatistics.of(torch.randn(9, 12)).save(tmp_path / "statistics.npz")
     root = Path(__file__).parents[1]
     names = {"root": str(root), "model": str(tmp_path / "model"), "statistics": str(tmp_path / "statistics.npz")}
-    (tmp_path / "script.py").write_text(TWO_PROCESSES.format(**names))
     environment = os.environ | {"PYTHONPATH": str(root / "src"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    script = str(tmp_path / "script.py")
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
     outcomes = [
-        run_python([script, tmp_path / "out-1"], env=environment),
-        subprocess.run([*two, str(tmp_path / "out-2")], env=environment, capture_output=True, text=True, timeout=60),
+        run_two(TWO_PROCESSES.format(**names), tmp_path, tmp_path / "out-2"),
+        run_python([tmp_path / "script.py", tmp_path / "out-1"], env=environment),
     ]
     for outcome in outcomes:
         assert outcome.returncode == 0, outcome.stderr[-2000:]

@@ -3,10 +3,6 @@
 Accelerate shards on accelerators only; here it is told to do so on two CPU processes, where torch's FSDP2 works too.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from accelerate import state
@@ -17,7 +13,7 @@ from diffusers_vsdm.trainer.forecast import ForecastTrainer
 from diffusers_vsdm.trainer.processes import process_state
 from diffusers_vsdm.trainer.sharding import is_sharded
 
-from .processes import ROOT
+from .processes import run_two
 from .test_checkpoint import TINY
 from .test_forecast_training import tiny as tiny_forecaster
 from .test_forecast_training import walks
@@ -60,13 +56,8 @@ def _train_split(folder):
 
 
 def test_split_networks_train_as_whole_ones_do(tmp_path):
-    script = tmp_path / "script.py"
     call = f"test_sharding._train_split(Path({str(tmp_path)!r}))"
-    script.write_text(f"from pathlib import Path\nfrom tests import test_sharding\n{call}\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    outcome = run_two(f"from pathlib import Path\nfrom tests import test_sharding\n{call}\n", tmp_path)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"{index}.pt") for index in range(2))
     for name, make in _trainers(tmp_path / "whole", 1):

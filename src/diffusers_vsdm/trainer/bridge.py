@@ -60,7 +60,7 @@ from .checkpoint import (
 from .config import TrainingConfig, setting
 from .loop import train
 from .processes import process_state
-from .setup import FUSED, build_accelerator, build_data, build_network, on_device, seed_dropout
+from .setup import FUSED, build_accelerator, build_data, build_network, mirrored, on_device, seed_dropout
 
 
 OBJECTIVES = ("matching", "alternating", "joint")
@@ -343,8 +343,7 @@ class BridgeTrainer:
         chosen = torch.randint(len(self.data), (number,), generator=generator, device=device).tolist()
         samples = self.data.__getitems__(chosen).to(device)
         if self.config.random_flip:
-            mirrored = torch.rand(number, 1, 1, 1, generator=generator, device=device) < 0.5
-            samples = torch.where(mirrored, samples.flip(-1), samples)
+            samples = mirrored(samples, torch.rand(number, generator=generator, device=device))
         normalizer = self.pipeline.normalizer
         return samples if normalizer is None else normalizer.normalize(samples)
 

@@ -20,7 +20,15 @@ from .config import TrainingConfig
 from .evaluation import likelihood_data, measure_likelihood
 from .fidelity import SmallFid
 from .pictures import picture_samples
-from .setup import LabelledDataset, VectorDataset, build_data, build_network, moment_batches, on_device
+from .setup import (
+    LabelledDataset,
+    VectorDataset,
+    build_data,
+    build_network,
+    mirrored,
+    moment_batches,
+    on_device,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -80,8 +88,7 @@ class Trainer(BaseTrainer):
         """Images, mirrored at random, and their classes, of which some are left out; or vectors."""
         sample, labels = batch if self.config.class_conditional else (batch, None)
         if self.config.random_flip:
-            mirrored = uniform() < 0.5
-            sample = torch.where(mirrored.reshape(-1, *[1] * (sample.ndim - 1)), sample.flip(-1), sample)
+            sample = mirrored(sample, uniform())
         if labels is not None:
             labels = labels.masked_fill(uniform() < self.config.label_dropout, num_classes(self.network))
         return sample, class_condition(self.network, sample, labels), None

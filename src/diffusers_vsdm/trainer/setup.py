@@ -157,6 +157,12 @@ def moment_batches(data: Any, seed: int, num_workers: int) -> Iterable[Tensor]:
     return DataLoader(data, batch_size, sampler=chosen.tolist(), num_workers=num_workers, collate_fn=as_it_is)
 
 
+def mirrored(images: Tensor, uniform: Tensor) -> Tensor:
+    """Images `(n, C, H, W)`, those for whose number in [0, 1) it says so the other way round."""
+    turned = (uniform < 0.5).reshape(-1, *[1] * (images.ndim - 1))
+    return torch.where(turned, images.flip(-1), images)
+
+
 def as_it_is(batch: Any) -> Any:
     """For data sets that make a batch themselves."""
     return batch

@@ -9,13 +9,15 @@
   one; on the spiral runs of fewer steps, for W2 against time.
 - `transport`: from a Gaussian to mixtures whose entropic transport is known, see [`benchmarks.entropic`]: how far from
   it the law of the model's ends is, given a start and over all, by their first two moments. The reference is Brownian
-  motion of variance epsilon, lambda = 0; VSDM learns lambda over it.
+  motion of variance epsilon (VE, lambda = 0), or the Ornstein-Uhlenbeck process with 2 sinh(g_T / 2) = epsilon (VP,
+  lambda = 1), whose ends have the same plan; VSDM learns lambda over it.
 
 Writes `benchmarks/results/bridges_*.json`, a run at a time; what is there is not done again.
 """
 
 import argparse
 import json
+import math
 import time
 from typing import Any
 
@@ -71,11 +73,12 @@ BETWEEN: dict[str, dict[str, Any]] = {
     },
 }
 LIKELIHOODS = 10_000
-BETWEEN_ENDS = {"SGM": {"baseline": "sgm"}, "VSDM": {"baseline": "none"}} | {
-    name: METHODS[name] for name in HALF_BRIDGES
+TRANSPORT_METHODS = {"SGM": {"baseline": "sgm"}, "VSDM": {"baseline": "none"}} | {
+    name: {key: value for key, value in METHODS[name].items() if key != "beta_max"}
+    for name in (*HALF_BRIDGES, "SB-FBSDE, joint")
 }
-DIMENSIONS = {"d = 2": 2, "d = 16": 16, "d = 64": 64}
-EPSILONS = (0.1, 1, 10)
+DIMENSIONS, EPSILONS = (2, 16, 64), (0.1, 1, 10)
+POWER = 1.7  # of the power law
 ROWS, COLUMNS = 100, 1000  # samples of the source, and of the law given each of them
 REFERENCE = 100_000
 
@@ -126,6 +129,23 @@ def eight_gaussians() -> GaussianMixture:
     return GaussianMixture(centers, torch.full((2,), 0.18**2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
 
 
+def brownian(epsilon: float) -> dict[str, Any]:
+    """Of variance epsilon."""
+    return {"ddpm_beta_schedule": "brownian", "sigma_max": epsilon**0.5}
+
+
+def ornstein_uhlenbeck(epsilon: float) -> dict[str, Any]:
+    """The power law with 2 sinh(g_T / 2) = epsilon, rising from a tenth of its mean."""
+    total = 2 * math.asinh(epsilon / 2)
+    beta_min = total / 10
+    return {"beta_power": POWER, "beta_min": beta_min, "beta_max": beta_min + (1 + POWER) * (total - beta_min)}
+
+
+TRANSPORTS = {f"d = {d}, epsilon {epsilon}": (d, epsilon, brownian) for d in DIMENSIONS for epsilon in EPSILONS} | {
+    f"d = 2, epsilon {epsilon}, VP": (2, epsilon, ornstein_uhlenbeck) for epsilon in EPSILONS
+}
+
+
 def toys() -> list[tuple[str, str]]:
     """Problems and methods; joint training, which is slow, on one toy."""
     jobs = [(toy, method) for toy in TOYS for method in METHODS if toy == TOYS[0] or "joint" not in method]
@@ -141,7 +161,7 @@ def run_transport(job: tuple[str, str, int]) -> dict[str, Any]:
     from diffusers_vsdm.trainer.bridge import BridgeConfig, train_bridge
 
     problem, method, seed = job
-    dimension, epsilon = DIMENSIONS[problem.split(", ")[0]], float(problem.split(" ")[-1])
+    dimension, epsilon, reference_process = TRANSPORTS[problem]
     transport = EntropicTransport.draw(dimension, epsilon)
 
     def source(n: int, generator: torch.Generator | None) -> torch.Tensor:
@@ -150,11 +170,10 @@ def run_transport(job: tuple[str, str, int]) -> dict[str, Any]:
     def target(n: int, generator: torch.Generator | None) -> torch.Tensor:
         return transport.sample(source(n, generator), generator)
 
-    known |= {"source": source, "target": target}
-    settings = BETWEEN_ENDS[method] | {"num_likelihood_samples": 0, "num_eval_samples": 0, "seed": seed}
-    settings |= {"dataset_name": "target", "prior_dataset_name": "source", "prediction_type": "edm"}
-    settings |= {"ddpm_beta_schedule": "brownian", "sigma_max": epsilon**0.5}
-    config = BridgeConfig(**({"max_train_steps": STEPS} | settings))
+    known |= {"target": target}
+    settings = {"num_likelihood_samples": 0, "num_eval_samples": 0, "seed": seed, "max_train_steps": STEPS}
+    settings |= {"dataset_name": "target", "prior_type": "standard", "prediction_type": "edm"}
+    config = BridgeConfig(**(settings | reference_process(epsilon) | TRANSPORT_METHODS[method]))
     started = time.perf_counter()
     if method.startswith("SB"):
         pipeline = train_bridge(config).pipeline
@@ -175,9 +194,9 @@ def run_transport(job: tuple[str, str, int]) -> dict[str, Any]:
 
 
 def transports() -> list[tuple[str, str]]:
-    """Problems and methods."""
-    problems = [f"{dimension}, epsilon {epsilon}" for dimension in DIMENSIONS for epsilon in EPSILONS]
-    return [(problem, method) for problem in problems for method in BETWEEN_ENDS]
+    """Problems and methods; joint training, which is slow, at last."""
+    jobs = [(problem, method) for problem in TRANSPORTS for method in TRANSPORT_METHODS]
+    return sorted(jobs, key=lambda job: "joint" in job[1])
 
 
 STUDIES = {"toys": (toys, run_toy), "transport": (transports, run_transport)}

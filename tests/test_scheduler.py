@@ -23,6 +23,7 @@ from diffusers_vsdm import AdaptiveDiagonalDrift, VSDMScheduler, process
 from diffusers_vsdm.schedulers.drift_owner import DRIFT_FILE, DRIFT_FOLDER
 from diffusers_vsdm.schedulers.grids import TIME_GRIDS
 from diffusers_vsdm.schedulers.parameterization import PARAMETERIZATIONS
+from diffusers_vsdm.schedulers.scheduling_vsdm import PRIORS
 from diffusers_vsdm.schedulers.tables import combine
 from diffusers_vsdm.solvers import SOLVERS, Coefficients
 
@@ -302,19 +303,22 @@ def test_changing_the_drift_in_place_changes_the_tables():
 # Prior -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prior_type", ["conditional", "marginal"])
-def test_prior_is_the_process_at_its_first_timestep(prior_type):
+@pytest.mark.parametrize("prior_type", PRIORS)
+def test_prior_is_the_process_at_its_first_timestep_or_standard(prior_type):
     scheduler = scheduler_for(ANISOTROPIC, prior_type=prior_type)
     scheduler.set_timesteps(10)
     g = scheduler.integrated_beta[int(scheduler.timesteps[0])]
-    mean, variance = ANISOTROPIC.moments(g)
-    if prior_type == "conditional":
-        mean, variance = 0 * mean, process.variance(ANISOTROPIC.lam, g)
+    mean, variance = {
+        "marginal": ANISOTROPIC.moments(g),
+        "conditional": (torch.zeros(3), process.variance(ANISOTROPIC.lam, g)),
+        "standard": (torch.zeros(3), torch.ones(3)),
+    }[prior_type]
     n = 50_000
     x = scheduler.sample_prior((n, 3), generator=torch.Generator().manual_seed(0))
     assert ((x.mean(0) - mean) / (variance / n).sqrt()).abs().max() < 4
     assert (x.var(0) / variance - 1).abs().max() < 4 * (2 / n) ** 0.5
-    torch.testing.assert_close(scheduler.init_noise_sigma, variance.sqrt().float())
+    std = 1.0 if prior_type == "standard" else variance.sqrt().float()
+    torch.testing.assert_close(scheduler.init_noise_sigma, std)
 
 
 GRIDS = [grid for grid in TIME_GRIDS if grid != "spacing"]

@@ -237,6 +237,9 @@ def test_the_prior_stands_at_the_first_time_of_a_run():
     x = scheduler.sample_prior((20_000, 3), generator=torch.Generator().manual_seed(0))
     assert float(x.std()) == pytest.approx(sigma, rel=0.02)
     assert float(scheduler.prior().std) == 80.0
+    standard = VSDMScheduler.from_brownian(0.3, 10, prior_type="standard")
+    standard.set_timesteps(5)
+    assert standard.init_noise_sigma == 1 == float(standard.prior().std)
     marginal = scheduler_for(EXPLODING, prior_type="marginal").prior()
     torch.testing.assert_close(marginal.mean, EXPLODING.mean)
     torch.testing.assert_close(marginal.std, (6400 + EXPLODING.variance).sqrt())

@@ -28,7 +28,7 @@ from .tables import LEARNED, VARIANCE_TYPES, Call, combine, learned_std, make_ca
 
 logger = logging.get_logger(__name__)
 
-PRIORS = ("conditional", "marginal")
+PRIORS = ("conditional", "marginal", "standard")
 FINAL_SIGMAS = ("zero", "sigma_min")
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -78,8 +78,9 @@ class VSDMScheduler(ForwardProcess):
             `"log_snr_smallest"` say which one. Defaults to the solver's own: `"quadratic"` for `trig` and
             `trig-fitted`, else `"spacing"`.
         prior_type (`str`, defaults to `"conditional"`): Law of the first sample: `"conditional"` $N(0, s_T^2)$, the
-            law of $x_T$ given $x_0 = 0$, or `"marginal"` $N(a_T m, a_T^2 v + s_T^2)$ with the drift's moments of the
-            data. Without a drift it is N(0, I), as for stock schedulers, or $N(0, \sigma_T^2)$ with a table of sigmas.
+            law of $x_T$ given $x_0 = 0$; `"marginal"` $N(a_T m, a_T^2 v + s_T^2)$ with the drift's moments of the
+            data; or `"standard"` N(0, I) for whatever process, as bridges have it. Without a drift `"conditional"` is
+            N(0, I) too, as for stock schedulers, or $N(0, \sigma_T^2)$ with a table of sigmas.
         final_sigmas_type (`str`, defaults to `"zero"`): Whether sampling ends at the data (`"zero"`) or at the first
             training time (`"sigma_min"`).
         sigma_data (`float`, *optional*): Standard deviation of the data for `edm`. Defaults to the root of $E x_0^2$
@@ -295,12 +296,14 @@ class VSDMScheduler(ForwardProcess):
     def init_noise_sigma(self) -> float | Tensor:
         """Standard deviation of the first sample, for pipelines that start from `randn * init_noise_sigma`.
 
-        1 without a drift, as in `DDPMScheduler`, or sigma with a table of sigmas. Such a pipeline has no place for
-        the prior's mean: see [`sample_prior`].
+        1 with the `"standard"` prior, and without a drift, as in `DDPMScheduler`; sigma with a table of sigmas and no
+        drift. Such a pipeline has no place for the prior's mean: see [`sample_prior`].
         """
         self._prior_was_used = True
+        if self._prior_is_standard:
+            return 1.0
         if self._drift is None:
-            return float(self._rates().scales(self._grid[:1])[1]) if self.is_variance_exploding else 1.0
+            return float(self._rates().scales(self._grid[:1])[1])
         std = self.prior(timestep=self._grid[0]).std
         if self._drift.config["basis"] != "identity":
             std = std.square().mean().sqrt()  # a pipeline multiplies pixels
@@ -309,7 +312,14 @@ class VSDMScheduler(ForwardProcess):
     @property
     def _starts_as_stock(self) -> bool:
         """Whether stock pipelines, which start from N(0, I), start where this process ends."""
-        return not self.is_variance_exploding and (self._drift is None or self._drift.is_neutral)
+        is_neutral = not self.is_variance_exploding and (self._drift is None or self._drift.is_neutral)
+        return self._prior_is_standard or is_neutral
+
+    @property
+    def _prior_is_standard(self) -> bool:
+        """Whether it is N(0, I) whatever the process; without a drift stock schedulers start there."""
+        is_stock = self._drift is None and not self.is_variance_exploding
+        return is_stock or self._internal_dict["prior_type"] == "standard"
 
     @property
     def step_index(self) -> int | None:
@@ -457,9 +467,7 @@ class VSDMScheduler(ForwardProcess):
                 a, s = (scale[0].expand(drift.event_shape) for scale in self._rates().scales(at))
                 factor = torch.linalg.cholesky(torch.outer(a, a) * drift.data_covariance + torch.diag(s**2))
         else:
-            # without a drift N(0, I), where stock schedulers start
-            is_stock = drift is None and not self.is_variance_exploding
-            std = torch.ones_like(lam) if is_stock else scale * process.std(lam, g)
+            std = torch.ones_like(lam) if self._prior_is_standard else scale * process.std(lam, g)
             mean = torch.zeros_like(std)
         basis = IdentityBasis() if drift is None else drift.basis(device, dtype)
         place = torch.device(device), dtype

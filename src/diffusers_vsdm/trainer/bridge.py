@@ -79,7 +79,7 @@ class BridgeConfig(TrainingConfig):
     baseline: str = setting(
         "sgm", "Start from `sgm`, lambda frozen at 1, or from a learned one, `none`.", ("none", "sgm")
     )
-    prior_type: str = setting("conditional", "Law at the other end: N(0, s_T^2), or the start's marginal.", PRIORS)
+    prior_type: str = setting("conditional", "Law at the other end: N(0, s_T^2), the marginal, or N(0, I).", PRIORS)
     prior_dataset_name: str = setting("", f"A toy at the other end, instead of the Gaussian prior: {', '.join(TOYS)}.")
     objective: str = setting(
         "matching",

@@ -313,8 +313,7 @@ class BaseTrainer(ABC):
                 self.prepared_optimizer.step()
                 self.prepared_optimizer.zero_grad()
             total += loss.detach() / self.config.gradient_accumulation_steps
-        if not self.accelerator.optimizer_step_was_skipped:  # a gradient that overflowed in fp16
-            self.lr_scheduler.step()
+        self.lr_scheduler.step()
         if self.ema is not None:
             self.ema.step(self.network.parameters())
         self.losses = [*self.losses[1 - LOSS_WINDOW :], total]

@@ -408,7 +408,10 @@ TABLES: dict[str, tuple] = {
             "floor": each("w2_floor", 3),
             "W2, forward end": each("w2_forward", 3),
             "its floor": each("w2_forward_floor", 3),
+            "path energy": each("path_energy", 3),
+            "control energy": each("control_energy", 2),
             "NLL above the truth, nats": each("nll excess", 3),
+            "bound above it": each("bound excess", 3),
             "ms a step": each("seconds per step", 1, 1000),
             "seconds": each("seconds", 0),
         },
@@ -479,6 +482,15 @@ TABLES: dict[str, tuple] = {
             for name, key, factor in (("FID (2,000 samples)", "fid", 1), ("KID x 1000", "kid", 1000))
             for run in ("trig@6", "trig@10", "trig@20", "trig@35", "euler-maruyama@200")
         },
+    ),
+    "images_bridge": (
+        "images_bridge.json",
+        {
+            f"{name}, {label}": each(f"{key} {run}", 1, factor)
+            for name, key, factor in (("FID (500 samples)", "fid", 1), ("KID x 1000", "kid", 1000))
+            for run, label in (("trig@6", "6 calls"), ("trig@20", "20 calls"), ("euler-maruyama@50", "SDE, 50 calls"))
+        }
+        | {"start, s": each("start_seconds", 0), "training, s": each("seconds", 0)},
     ),
     "images_flow": (
         "images_flow.json",

@@ -123,7 +123,7 @@ def test_paths_that_blow_up_keep_the_last_checkpoint(start, tmp_path):
         return half_bridge(direction)
 
     trainer._half_bridge = spoils
-    with pytest.raises(FloatingPointError, match="Stage 1, backward.*forward paths.*training time.*half bridge 1"):
+    with pytest.raises(FloatingPointError, match="Stage 1, backward.*forward paths.*training time.*checkpoint-1"):
         trainer.train()
     assert [path.name for path in list_checkpoints(tmp_path / "bridge")] == ["checkpoint-1"]
 
@@ -276,6 +276,8 @@ def test_between_two_data_sets():
         ({"bridge_stages": 0}, "bridge_stages"),
         ({"control_energy": -1.0}, "control_energy"),
         ({"bridge_corrector_steps": -1}, "bridge_corrector_steps"),
+        ({"bridge_corrector_steps": 1, "objective": "matching"}, "bridge_corrector_steps"),
+        ({"bridge_corrector_steps": 1, "objective": "joint"}, "bridge_corrector_steps"),
         ({"prior_dataset_name": "cifar10"}, "prior_dataset_name"),
         ({"prior_dataset_name": "moons"}, "standardize"),
         ({"prior_dataset_name": "moons", "standardize": False, "objective": "joint"}, "density"),

@@ -1,18 +1,20 @@
 """Training on images: reading them, and the whole way from a folder to samples."""
 
+import json
 import os
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 from diffusers_vsdm import VSDMPipeline
-from diffusers_vsdm.data.images import ImageDataset, load_images
-from diffusers_vsdm.models import build_model
+from diffusers_vsdm.data.images import DamagedImageError, ImageDataset, load_images
+from diffusers_vsdm.models import UNETS, build_model
 from diffusers_vsdm.trainer import Trainer, TrainingConfig
 from diffusers_vsdm.trainer.report import write_report
 
@@ -80,8 +82,25 @@ def test_arrays_of_any_channels_are_taken_as_they_are():
     assert data.event_shape == (2, 6, 5)
     torch.testing.assert_close(data[0][1], torch.from_numpy(rows[0]["x"][:, :, 1]).float() / 127.5 - 1)
     assert ImageDataset([{"x": rows[0]["x"][:, :, 0]}], "x", channels=1).event_shape == (1, 6, 5)
-    with pytest.raises(ValueError, match="uint8"):
+    with pytest.raises(ValueError, match="whole numbers"):
         ImageDataset(rows, "x", channels=3)
+    for wrong in (np.full((6, 5, 2), 0.5), np.full((6, 5, 2), 256), np.full((6, 5, 2), -1)):
+        with pytest.raises(ValueError, match="whole numbers from 0 to 255"):
+            ImageDataset([{"x": wrong}], "x", channels=2)
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_arrays_of_a_parquet_file_are_read(tmp_path, declared):
+    arrays = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 2), dtype=np.uint8)
+    arrays[0, 0, 0] = 0, 255
+    features = datasets.Features({"image": datasets.Array3D((8, 8, 2), "uint8")}) if declared else None
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict({"image": arrays.tolist()}, features).to_parquet(tmp_path / "data" / "train.parquet")
+    data = load_images(str(tmp_path / "data"), channels=2, cache_dir=str(tmp_path / "cache"))
+    read = data.__getitems__(list(range(5)))
+    assert torch.equal(((read + 1) * 127.5).round().byte(), torch.from_numpy(arrays).permute(0, 3, 1, 2))
+    _, result = train_tiny(tmp_path / "data", tmp_path / "out", channels=2, max_train_steps=4, sa_stages=1)
+    assert result.pipeline.unet.config["in_channels"] == 2
 
 
 def test_resizing_keeps_the_aspect_and_the_centre():
@@ -95,17 +114,40 @@ def test_resizing_keeps_the_aspect_and_the_centre():
 def test_mixed_sizes_need_a_resolution():
     rows = [{"image": picture(0)}, {"image": picture(1, (8, 10))}]
     data = ImageDataset(rows, "image")
-    with pytest.raises(ValueError, match="Image 1 is 10 x 8, others are 8 x 8: give a `resolution`"):
+    with pytest.raises(ValueError, match="Image 1 of column .image. is 10 x 8, others are 8 x 8: give a `resolution`"):
         data[1]
     assert ImageDataset(rows, "image", resolution=8).__getitems__([0, 1]).shape == (2, 3, 8, 8)
 
 
 def test_a_damaged_file_is_named(folder):
-    file = folder / "4.png"
+    for seed in range(9, 12):  # rows are sorted by name: 10.png is not the tenth
+        picture(seed).save(folder / f"{seed}.png")
+    file = folder / "10.png"
     file.write_bytes(file.read_bytes()[:60])
     data = load_images(str(folder))
-    with pytest.raises(ValueError, match="Image 4 of 'image' is damaged"):
-        data.__getitems__(list(range(9)))
+    with pytest.raises(DamagedImageError, match=r"Image 2 of column 'image' \(.*/10.png\) is damaged"):
+        data.__getitems__(list(range(12)))
+
+
+@pytest.mark.parametrize("damage", ["cut", "page"])
+def test_a_damaged_table_is_told(tmp_path, damage):
+    rows = datasets.Dataset.from_dict({"image": [np.full((8, 8), i).tolist() for i in range(200)]})
+    file = tmp_path / "train.parquet"
+    rows.to_parquet(file)
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    else:
+        content[20:200] = bytes(180)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="data set.*could not be|could not be read"):
+        load_images(str(tmp_path), channels=1, cache_dir=str(tmp_path / "cache"))
+
+
+def test_captions_beside_the_pictures_are_left_alone(folder):
+    for file in list(folder.glob("*.png")):
+        file.with_suffix(".txt").write_text("a picture")
+    assert len(load_images(str(folder))) == 9
 
 
 def test_bad_requests(folder, tmp_path):
@@ -206,9 +248,40 @@ def test_starts_from_a_ddpm_pipeline(folder, tmp_path):
 
 
 def test_takes_any_unet_configuration(folder, tmp_path):
-    build_model("tiny", (3, 8, 8), 100).save_config(tmp_path / "unet")
-    trainer, _ = train_tiny(folder, tmp_path / "model", model_config_name_or_path=str(tmp_path / "unet"))
-    assert isinstance(trainer.network, UNet2DModel)
+    for name, size in (("square", 8), ("any", None), ("pair", [8, 8])):
+        config = {**build_model("tiny", (3, 8, 8), 100).config, "sample_size": size}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        _, result = train_tiny(folder, tmp_path / "model", model_config_name_or_path=str(tmp_path / name))
+        assert result.pipeline.unet.config["block_out_channels"] == list(UNETS["tiny"]["block_out_channels"])
+
+
+def test_a_rectangular_network_that_was_saved_is_taken(tmp_path):
+    (tmp_path / "wide").mkdir()
+    for seed in range(9):
+        picture(seed, (16, 8)).save(tmp_path / "wide" / f"{seed}.png")
+    build_model("tiny", (3, 8, 16), 100).save_config(tmp_path / "unet")
+    _, result = train_tiny(tmp_path / "wide", tmp_path / "model", model_config_name_or_path=str(tmp_path / "unet"))
+    assert result.pipeline(1, num_inference_steps=2).images[0].size == (16, 8)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"out_channels": 6}, "`out_channels` 6"),
+        ({"in_channels": 1, "out_channels": 1}, "`in_channels` 1"),
+        ({"sample_size": 16}, "`sample_size` 16"),
+        ({"sample_size": None, "block_out_channels": [32, 32, 32, 32, 32]}, "16 divides"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused(folder, tmp_path, changed, message):
+    config = {**build_model("tiny", (3, 8, 8), 100).config, **changed}
+    for name in ("down_block_types", "up_block_types"):
+        block = {"d": "DownBlock2D", "u": "UpBlock2D"}[name[0]]
+        config[name] = [block] * len(config["block_out_channels"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        train_tiny(folder, tmp_path / "model", model_config_name_or_path=str(tmp_path / "config.json"))
 
 
 @real_data

@@ -20,9 +20,11 @@ References:
     Song et al. (2021), "Score-Based Generative Modeling through Stochastic Differential Equations": the corrector.
 """
 
+import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -49,7 +51,7 @@ class TwoSidedProcess:
             nearer to what the networks take it for, and the paths are none of the process.
 
     Attributes:
-        times: The training times k, `(num_steps + 1,)` whole numbers from -1 up.
+        times: The training times k, `(num_steps + 1,)` whole numbers from -1 up, evenly spaced until [`moved`].
         g: The clock there, float64.
 
     Raises:
@@ -76,9 +78,21 @@ class TwoSidedProcess:
             raise ValueError(f"`corrector_steps` must not be negative, got {corrector_steps}.")
         self.scheduler, self.forward, self.backward = scheduler, forward, backward
         self.corrector_steps = corrector_steps
-        self.times = torch.linspace(-1, most - 1, num_steps + 1, dtype=torch.float64).round().long()
-        table = torch.cat([torch.zeros(1, dtype=torch.float64), scheduler.integrated_beta])
-        self.g = table[self.times + 1]
+        self._visit(torch.linspace(-1, most - 1, num_steps + 1, dtype=torch.float64).round())
+
+    def _visit(self, times: Tensor) -> None:
+        self.times = times.long()
+        self.g = torch.cat([torch.zeros(1, dtype=torch.float64), self.scheduler.integrated_beta])[self.times + 1]
+
+    def moved(self, generator: torch.Generator) -> Self:
+        """The same with other times between the ends: each drawn from its own part of all training times."""
+        most, moved = len(self.scheduler), copy.copy(self)
+        if len(self) < most:
+            parts = torch.linspace(0, most - 1, len(self), dtype=torch.float64).floor()
+            place = torch.rand(len(self) - 1, generator=generator, device=generator.device).cpu().double()
+            inner = (parts[:-1] + place * parts.diff()).floor()
+            moved._visit(torch.cat([self.times[:1], inner, self.times[-1:]]))
+        return moved
 
     def __len__(self) -> int:
         return len(self.times) - 1
@@ -116,7 +130,7 @@ class TwoSidedProcess:
             direction's $z$ along them, but at the data, `(num_steps, n, *event_shape)`.
 
         Raises:
-            FloatingPointError: A path is not finite; the message tells the training time.
+            FloatingPointError: A path is not finite; the message tells the training time, or that it is the data.
         """
         path, controls = [start], []
         for x, z in self._steps(start, direction, generator):
@@ -150,7 +164,8 @@ class TwoSidedProcess:
                 x = self._langevin(x, arrived, generator)
             if not torch.isfinite(x).all():
                 name = "forward" if direction > 0 else "backward"
-                raise FloatingPointError(f"The {name} paths are not finite after training time {int(k)}.")
+                place = f"training time {int(arrived)}" if arrived >= 0 else "the data"
+                raise FloatingPointError(f"The {name} paths are not finite at {place}.")
             yield x, z
 
     def matching_target(

@@ -4,6 +4,7 @@ A name on the Hub and a local folder, of parquet files or of images, go the same
 folders of IDX files (MNIST) are read by [`data.idx`].
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,14 @@ from .idx import IdxRows
 
 # the columns that image data sets on the Hub use, first come, first served
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values")
+TABLES = (".parquet", ".arrow", ".tar")  # files that hold images
 DECODED_AT_ONCE = 1000
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+MOST = 255  # of 8 bits
+
+
+class DamagedImageError(ValueError):
+    """An image that cannot be used; the message names it."""
 
 
 class ImageDataset(Dataset):
@@ -27,7 +34,8 @@ class ImageDataset(Dataset):
 
     Args:
         rows: A `datasets.Dataset`, or any sequence of dictionaries.
-        column (`str`): The column that holds the images: PIL images, or arrays `(H, W)` or `(H, W, C)` of 8 bits.
+        column (`str`): The column that holds the images: PIL images, or arrays `(H, W)` or `(H, W, C)` of whole
+            numbers from 0 to 255.
         channels (`int`): Channels C. PIL images of 8 or 16 bits are converted for 1, 3 and 4; arrays must
             have as many.
         resolution (`int`, *optional*): Height and width: the shorter side is resized to it, the longer one cropped
@@ -61,17 +69,17 @@ class ImageDataset(Dataset):
         """One image, `(C, H, W)` in [-1, 1].
 
         Raises:
-            ValueError: It cannot be decoded, or its size or number of channels is not that of the others.
+            DamagedImageError: It cannot be decoded, or its size or number of channels is not that of the others.
         """
         try:
             array = self._array(self.rows[index][self.column])
         except (OSError, SyntaxError) as error:  # what PIL raises for files that are cut short
-            raise ValueError(f"Image {index} of {self.column!r} is damaged ({error}): remove it.") from error
+            raise DamagedImageError(f"{self._name(index)} is damaged ({error}): remove it.") from error
         except _Mismatch as error:
-            raise ValueError(f"Image {index} of column {self.column!r} {error}") from error
+            raise DamagedImageError(f"{self._name(index)} {error}") from error
         if self.event_shape and array.shape[-2:] != self.event_shape[-2:]:
-            raise ValueError(
-                f"Image {index} is {array.shape[1]} x {array.shape[2]}, others are {self.event_shape[1]} x"
+            raise DamagedImageError(
+                f"{self._name(index)} is {array.shape[1]} x {array.shape[2]}, others are {self.event_shape[1]} x"
                 f" {self.event_shape[2]}: give a `resolution` to resize them to."
             )
         return torch.from_numpy(array).float() / 127.5 - 1
@@ -80,18 +88,29 @@ class ImageDataset(Dataset):
         """Several images, `(n, C, H, W)`."""
         return torch.stack([self[index] for index in indices])
 
+    def _name(self, index: int) -> str:
+        """Of an image, for messages: its row, and its file where there is one."""
+        name = f"Image {index} of column {self.column!r}"
+        feature: Any = getattr(self.rows, "features", {}).get(self.column)
+        if not _is_picture(feature):
+            return name
+        path = self.rows.cast_column(self.column, replace(feature, decode=False))[index][self.column]["path"]
+        return f"{name} ({path})" if path else name
+
     def _array(self, image: Any) -> np.ndarray:
         """8-bit array `(C, H, W)` of a column's entry."""
         if not isinstance(image, Image.Image):
             array = np.asarray(image)
             array = array[:, :, None] if array.ndim == 2 else array
-            if array.ndim != 3 or array.dtype != np.uint8 or array.shape[2] != self.channels:
+            is_whole = array.dtype.kind in "iu" and array.size and 0 <= array.min() and array.max() <= MOST
+            if array.ndim != 3 or not is_whole or array.shape[2] != self.channels:
                 raise _Mismatch(
-                    f"is an array {array.shape} of {array.dtype}: (height, width, {self.channels}) of uint8 is needed."
+                    f"is an array {array.shape} of {array.dtype}: (height, width, {self.channels}) of whole numbers"
+                    f" from 0 to {MOST} is needed."
                 )
             if self.resolution and array.shape[:2] != (self.resolution, self.resolution):
                 raise _Mismatch(f"is an array of {array.shape[0]} x {array.shape[1]}: only pictures are resized.")
-            return np.ascontiguousarray(array.transpose(2, 0, 1))
+            return np.ascontiguousarray(array.transpose(2, 0, 1).astype(np.uint8))
         if self.channels not in MODES:
             raise _Mismatch(f"is a picture, which has {' or '.join(map(str, MODES))} channels, not {self.channels}.")
         if image.mode.startswith("I;16"):
@@ -173,6 +192,7 @@ def load_images(
     """
     if Path(name_or_folder).is_file():
         raise ValueError(f"{name_or_folder!r} is a file: give the folder that holds the images or parquet files.")
+    rows: Any
     if IdxRows.are_in(Path(name_or_folder)):
         rows = IdxRows.read(Path(name_or_folder), split)
     else:
@@ -187,20 +207,45 @@ def load_images(
     if max_samples is not None:
         rows = rows.select(range(min(max_samples, len(rows))))
         labels = None if labels is None else labels[: len(rows)]
-    return ImageDataset(rows.select_columns(known[0]), known[0], channels, resolution, labels, num_classes)
+    rows = rows.select_columns(known[0])
+    if known[0] in rows.features and not _is_picture(rows.features[known[0]]):
+        rows = rows.with_format("numpy")  # instead of lists of lists
+    return ImageDataset(rows, known[0], channels, resolution, labels, num_classes)
 
 
 def _load_rows(name_or_folder: str, config_name: str | None, split: str, cache_dir: str | None) -> Any:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+    # what `datasets` itself would take a folder of pictures with captions for is chance
+    builder = {"path": "imagefolder", "data_dir": name_or_folder} if _holds_pictures(Path(name_or_folder)) else None
     try:
-        return load_dataset(name_or_folder, config_name, split=split, cache_dir=cache_dir)
+        return load_dataset(
+            **(builder or {"path": name_or_folder}), name=config_name, split=split, cache_dir=cache_dir
+        )
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError) as error:
         raise ValueError(
             f"The data set {name_or_folder!r} could not be loaded ({error}): give a name on the Hub, or a folder of"
             " images or parquet files that exists."
         ) from error
+    except DatasetGenerationError as error:
+        raise ValueError(
+            f"The files of the data set {name_or_folder!r} could not be read ({error.__cause__ or error}): one of them"
+            " is damaged; take it out, or get it again."
+        ) from error
+
+
+def _is_picture(feature: Any) -> bool:
+    """Whether it is the feature of a column of pictures, which are decoded on access."""
+    from datasets import Image as Picture
+
+    return isinstance(feature, Picture)
+
+
+def _holds_pictures(folder: Path) -> bool:
+    """Whether it is a folder of single images."""
+    suffixes = {path.suffix.lower() for path in folder.rglob("*")} if folder.is_dir() else set()
+    return bool(suffixes & set(Image.registered_extensions())) and not suffixes & set(TABLES)
 
 
 def _read_labels(rows: Any, column: str, name: str) -> tuple[Tensor, int]:

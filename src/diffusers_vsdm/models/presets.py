@@ -1,5 +1,6 @@
 """Networks by name."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers import ModelMixin, UNet2DModel
@@ -78,9 +79,18 @@ def build_model(
     if not is_image:
         return MLPModel(event_shape[0], num_train_timesteps, width, num_blocks)
     channels, *sides = event_shape
-    divisor = 2 ** (len(UNETS[name]["block_out_channels"]) - 1)
-    if any(side % divisor for side in sides):
-        raise ValueError(f"`model` {name!r} needs sides that {divisor} divides, got {sides}: give a `resolution`.")
+    check_sides(sides, UNETS[name]["block_out_channels"], f"`model` {name!r}")
     size = sides[0] if sides[0] == sides[1] else tuple(sides)
     classes = {} if num_classes is None else {"num_class_embeds": num_classes + 1}
     return UNet2DModel(sample_size=size, in_channels=channels, out_channels=channels, **UNETS[name], **classes)
+
+
+def check_sides(sides: Sequence[int], block_out_channels: Sequence[int], name: str) -> None:
+    """Refuse images whose sides a UNet2DModel of these blocks cannot halve between each of them and the next.
+
+    Raises:
+        ValueError: A side is not divisible.
+    """
+    divisor = 2 ** (len(block_out_channels) - 1)
+    if any(side % divisor for side in sides):
+        raise ValueError(f"{name} needs sides that {divisor} divides, got {list(sides)}: give a `resolution`.")

@@ -1,5 +1,6 @@
 """`BridgePipeline`: networks on both sides, SB-FBSDE, sampled as any pipeline is."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class BridgePipeline(VSDMPipeline):
 
     model_cpu_offload_seq = "unet->forward_unet"
     _optional_components = ["normalizer", "forward_unet"]
+    scheduler: VSDMScheduler
 
     def __init__(
         self,
@@ -59,10 +61,27 @@ class BridgePipeline(VSDMPipeline):
         """Two where the probability flow asks both networks."""
         return 1 if self.forward_unet is None or SOLVERS[self.scheduler.config["solver"]].stochastic else 2
 
-    def process(self, num_steps: int | None = None, corrector_steps: int = 0) -> TwoSidedProcess:
-        """Both directions on a grid of training times, in model units, see [`TwoSidedProcess`]."""
-        policies = self._forward_policy, self._backward_policy
-        return TwoSidedProcess(self.scheduler, *policies, num_steps, corrector_steps)
+    def register_modules(self, **modules: Any) -> None:
+        """As in Diffusers; with a forward network the scheduler goes without `clip_sample` and `thresholding`.
+
+        What the flow's score, $z_b - z_f$, predicts is no estimate of the data, and not bounded as they are.
+        """
+        super().register_modules(**modules)
+        config = self.scheduler.config
+        if modules.get("forward_unet") is not None and (config["clip_sample"] or config["thresholding"]):
+            self.scheduler = VSDMScheduler.from_config(config, clip_sample=False, thresholding=False)
+
+    def process(
+        self, num_steps: int | None = None, corrector_steps: int = 0, class_labels: Tensor | None = None
+    ) -> TwoSidedProcess:
+        """Both directions on a grid of training times, in model units, see [`TwoSidedProcess`].
+
+        Args:
+            num_steps, corrector_steps: As there.
+            class_labels (`Tensor`, *optional*): Classes for the backward network, `(n,)` of each sample.
+        """
+        backward = partial(self._backward_policy, class_labels=class_labels)
+        return TwoSidedProcess(self.scheduler, self._forward_policy, backward, num_steps, corrector_steps)
 
     @torch.no_grad()
     def encode(
@@ -105,11 +124,11 @@ class BridgePipeline(VSDMPipeline):
         Args:
             samples, generator: As there.
             num_times (`int`, defaults to 8): Not used: a path takes the steps that it takes.
-            class_labels: Not used.
+            class_labels: As there, for the backward network.
         """
         self._check_prior()
         x, log_volume = self._to_model_units(samples, generator)
-        process = self.process()
+        process = self.process(class_labels=self._class_labels(class_labels, len(x)))
         path, _ = process.run(x, 1, generator)
         first, others = (part.double().cpu() for part in process.log_ratio(path))
         prior = -self.scheduler.prior().log_prob(path[-1].double().cpu())

@@ -91,7 +91,7 @@ class BridgeConfig(TrainingConfig):
     bridge_paths: int = setting(1024, "Simulated paths that are kept and drawn from, per process.")
     bridge_refresh: int = setting(100, "Gradient steps between new ones.")
     bridge_num_steps: int = setting(0, "Steps of a path; 0 for all training times.")
-    bridge_corrector_steps: int = setting(0, "Langevin steps after each of them.")
+    bridge_corrector_steps: int = setting(0, "Langevin steps after each of them, of `alternating`.")
     bridge_learning_rate: float = setting(5e-4, "Learning rate of both networks, falling to 0 over the run.")
     bridge_ema_decay: float = setting(0.995, "Decay of the averages of their weights, which simulate.")
     control_energy: float = setting(0.0, "Weight of the control energy in the joint objective.")
@@ -117,6 +117,11 @@ class BridgeConfig(TrainingConfig):
             raise ValueError("`class_conditional` is not for bridges: leave it out.")
         if self.prior_dataset_name and self.objective == "joint":
             raise ValueError("`objective` 'joint' needs the density of the prior, which `prior_dataset_name` has not.")
+        if self.bridge_corrector_steps and self.objective != "alternating":
+            raise ValueError(
+                f"`bridge_corrector_steps` keep the law at each time, but not the paths, on which `objective`"
+                f" {self.objective!r} trains: use 'alternating'."
+            )
         if self.prior_dataset_name and self.standardize:
             raise ValueError("`standardize` is of one data set: leave it out between two.")
 
@@ -208,9 +213,10 @@ class BridgeTrainer:
                 name = (
                     "joint" if config.objective == "joint" else {FORWARD: "forward", BACKWARD: "backward"}[direction]
                 )
+                kept = list_checkpoints(self.folder)
                 raise FloatingPointError(
                     f"Stage {stage}, {name} networks: {error} Lower `bridge_learning_rate`; the last whole checkpoint"
-                    f" is of half bridge {self.half}."
+                    f" is {kept[-1] if kept else 'none: see `checkpointing_steps`'}."
                 ) from error
             self.losses.append(loss)
             self.half += 1
@@ -234,6 +240,7 @@ class BridgeTrainer:
         loss_of = {"matching": self._between_ends, "alternating": self._along_paths}[config.objective]
         for step, generator in self._steps():
             if step % config.bridge_refresh == 0:
+                self.process = self.process.moved(generator)
                 simulated = self._simulate(-direction)
             draw: dict[str, Any] = {"size": (config.train_batch_size,), "generator": generator}
             draw["device"] = self.accelerator.device
@@ -267,10 +274,11 @@ class BridgeTrainer:
 
     def _joint(self) -> float:
         """Train both networks on forward paths, through the simulation: Eq. 24, and the control energy."""
-        config, process = self.config, self.process
-        widths = torch.diff(process.g).to(self.accelerator.device, torch.float32)
+        config = self.config
         log_prior = self.pipeline.scheduler.prior(self.accelerator.device, torch.float32).log_prob
         for _, generator in self._steps():
+            process = self.process.moved(generator)
+            widths = torch.diff(process.g).to(self.accelerator.device, torch.float32)
             start = self._ends(FORWARD, config.train_batch_size)
             path, controls = self._in_all(process.run, start, FORWARD, generator)
             # one time of each path, for the integral

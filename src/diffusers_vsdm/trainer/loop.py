@@ -70,10 +70,7 @@ class Trainer(BaseTrainer):
         return moment_batches(self.dataset, self.config.seed, self.config.dataloader_num_workers)
 
     def _build_network(self) -> ModelMixin:
-        network = build_network(self.config, self.dataset.event_shape, self.dataset.num_classes)
-        if self.config.channels_last and len(self.dataset.event_shape) == 3:
-            network.to(memory_format=torch.channels_last)
-        return network
+        return build_network(self.config, self.dataset.event_shape, self.dataset.num_classes)
 
     def _pipeline(self, network: torch.nn.Module, scheduler: VSDMScheduler) -> VSDMPipeline:
         return VSDMPipeline(network, scheduler, self.normalizer)

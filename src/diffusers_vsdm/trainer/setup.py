@@ -17,6 +17,7 @@ from ..data.images import DecodedImages, ImageDataset, load_images
 from ..drift import AdaptiveDiagonalDrift
 from ..models import build_model
 from ..models.classes import num_classes as known_classes
+from ..models.presets import check_sides
 from ..schedulers import VSDMScheduler
 from .config import BROWNIAN, EXPLODING, POWER_LAW, DataConfig, RunConfig, TrainingConfig
 from .processes import process_state
@@ -174,6 +175,7 @@ def build_network(config: TrainingConfig, event_shape: tuple[int, ...], num_clas
     Raises:
         ValueError: The network does not fit the data.
     """
+    network: ModelMixin
     if config.pretrained_model_name_or_path:
         network = UNet2DModel.from_pretrained(config.pretrained_model_name_or_path, subfolder="unet")
     elif config.model_config_name_or_path:
@@ -181,22 +183,32 @@ def build_network(config: TrainingConfig, event_shape: tuple[int, ...], num_clas
         classes = {} if num_classes is None else {"num_class_embeds": num_classes + 1}
         network = UNet2DModel.from_config(settings, **classes)
     else:
-        return build_model(
+        network = build_model(
             config.model, event_shape, config.ddpm_num_steps, config.model_width, config.model_num_blocks, num_classes
         )
-    size, channels = network.config["sample_size"], network.config["in_channels"]
-    if (channels, size, size) != event_shape:
+    if isinstance(network, UNet2DModel):
+        _check_network(network, event_shape, num_classes)
+        if config.channels_last:
+            network.to(memory_format=torch.channels_last)
+    return network
+
+
+def _check_network(network: UNet2DModel, event_shape: tuple[int, ...], num_classes: int | None) -> None:
+    config = network.config
+    size, channels = config["sample_size"], {config["in_channels"], config["out_channels"]}
+    sides = event_shape[1:] if size is None else (size, size) if isinstance(size, int) else tuple(size)
+    if channels != {event_shape[0]} or sides != event_shape[1:]:
         raise ValueError(
-            f"The network is for {channels} channels and size {size}, the data are {event_shape}: set `channels` and"
-            " `resolution`."
+            f"The network has `in_channels` {config['in_channels']}, `out_channels` {config['out_channels']} and"
+            f" `sample_size` {size}, the data are {event_shape}: set `channels` and `resolution`, or take another one."
         )
+    check_sides(event_shape[1:], config["block_out_channels"], "The network")
     if known_classes(network) != num_classes:
         raise ValueError(
-            f"The network has `num_class_embeds` {network.config['num_class_embeds']}, the run"
+            f"The network has `num_class_embeds` {config['num_class_embeds']}, the run"
             f" {num_classes or 'no'} classes: there must be one more embedding than classes with `class_conditional`,"
             " and none without. Start from another network."
         )
-    return network
 
 
 def build_scheduler(

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -163,8 +164,32 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     Trainer(tiny(tmp_path, checkpointing_steps=20)).train()
     with pytest.raises(ValueError, match="other settings of `learning_rate`, `zeta`"):
         Trainer(tiny(tmp_path, zeta=0.9, learning_rate=1e-4, resume_from_checkpoint="latest"))
+    with pytest.raises(ValueError, match="other settings of `num_examples`"):
+        Trainer(tiny(tmp_path, resume_from_checkpoint="latest"), torch.randn(300, 2))
     # what does not touch the numbers may change
-    Trainer(tiny(tmp_path, logging_steps=7, resume_from_checkpoint="checkpoint-20"))
+    Trainer(tiny(tmp_path, logging_steps=7, dataloader_num_workers=1, resume_from_checkpoint="checkpoint-20"))
+
+
+def test_the_latest_of_no_checkpoints_is_the_beginning(tmp_path):
+    """The same command starts a run and goes on with it, as jobs that are started anew after a preemption need."""
+    config = tiny(tmp_path, resume_from_checkpoint="latest", checkpointing_steps=20)
+    assert_same(outcome(config), outcome(tiny(tmp_path / "other")))
+    assert Trainer(config).step == 40
+
+
+def test_a_new_run_is_not_crowded_out_by_the_checkpoints_of_another(tmp_path):
+    old = Trainer(tiny(tmp_path, checkpointing_steps=10, max_train_steps=30))
+    old.train()
+    # resumed from an older one: what was just written stays
+    config = tiny(tmp_path, checkpointing_steps=7, checkpoints_total_limit=2, max_train_steps=30)
+    Trainer(dataclasses.replace(config, resume_from_checkpoint="checkpoint-10")).train()
+    assert {path.name for path in list_checkpoints(tmp_path)} == {"checkpoint-28", "checkpoint-30"}
+    with pytest.raises(FileExistsError, match="overwrite"):
+        config.prepare_output_dir()
+    dataclasses.replace(config, resume_from_checkpoint="latest").prepare_output_dir()
+    assert len(list_checkpoints(tmp_path)) == 2
+    dataclasses.replace(config, overwrite_output_dir=True).prepare_output_dir()
+    assert not list_checkpoints(tmp_path)
 
 
 def test_a_setting_that_is_younger_than_a_checkpoint_had_its_default(tmp_path):
@@ -180,7 +205,7 @@ def test_a_setting_that_is_younger_than_a_checkpoint_had_its_default(tmp_path):
 
 def test_damaged_or_missing_checkpoints_are_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match="There are: none"):
-        find_checkpoint(tmp_path, "latest")
+        find_checkpoint(tmp_path, "checkpoint-20")
     Trainer(tiny(tmp_path, checkpointing_steps=20)).train()
     with pytest.raises(FileNotFoundError, match="There are: checkpoint-20, checkpoint-40"):
         find_checkpoint(tmp_path, "checkpoint-30")

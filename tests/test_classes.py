@@ -369,6 +369,7 @@ def test_networks_must_know_the_classes_of_the_run(folder, tmp_path):
                 tmp_path / "model",
                 class_conditional=flag,
                 pretrained_model_name_or_path=str(tmp_path / "start"),
+                ddpm_num_steps=100,
             )
 
 

@@ -218,6 +218,7 @@ def test_starts_from_a_ddpm_pipeline(folder, tmp_path):
         folder,
         tmp_path / "model",
         pretrained_model_name_or_path=str(tmp_path / "ddpm"),
+        ddpm_num_steps=100,
         max_train_steps=1,
         learning_rate=1e-30,
         baseline="sgm",
@@ -240,11 +241,37 @@ def test_starts_from_a_ddpm_pipeline(folder, tmp_path):
                 x = scheduler.step(result.pipeline.unet(x, t).sample, t, x, generator=generator).prev_sample
         outputs.append(x)
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-4)
+    start = {"ddpm_num_steps": 100, "pretrained_model_name_or_path": str(tmp_path / "ddpm")}
     with pytest.raises(ValueError, match="set `channels` and `resolution`"):
-        train_tiny(folder, tmp_path / "other", pretrained_model_name_or_path=str(tmp_path / "ddpm"), resolution=4)
+        train_tiny(folder, tmp_path / "other", **start, resolution=4)
+    with pytest.raises(ValueError, match="leave out `prediction_type`, `beta_max`"):
+        train_tiny(folder, tmp_path / "other", **start, prediction_type="edm", beta_max=5.0)
+    # and lambda is learned from there
+    trainer, learned = train_tiny(folder, tmp_path / "learned", **start)
+    assert len(trainer.scheduler) == 50 and not learned.pipeline.scheduler.drift.is_neutral
+    write_report(trainer.config, learned)
+    card = (tmp_path / "learned" / "README.md").read_text()
+    assert "table of betas as in `ddpm`" in card and "power_law" not in card
     result.pipeline.save_pretrained(tmp_path / "vsdm")
     with pytest.raises(ValueError, match="learned drift"):
-        train_tiny(folder, tmp_path / "other", pretrained_model_name_or_path=str(tmp_path / "vsdm"))
+        train_tiny(folder, tmp_path / "other", **start | {"pretrained_model_name_or_path": str(tmp_path / "vsdm")})
+
+
+def test_images_are_mirrored_in_half_of_the_draws(folder, tmp_path):
+    seen = {}
+    for flip in (False, True):
+        config = TrainingConfig(
+            **TINY, random_flip=flip, train_data_dir=str(folder), output_dir=str(tmp_path / str(flip))
+        )
+        trainer = Trainer(config)
+        batch = next(trainer._batches())[1]
+        drawn = [trainer._draw(index, batch).sample for index in range(20)]
+        seen[flip] = [
+            (torch.equal(x, y), torch.equal(x, y.flip(-1))) for d in drawn for x, y in zip(d, batch, strict=True)
+        ]
+    assert all(plain for plain, _ in seen[False])
+    assert all(plain != turned for plain, turned in seen[True])
+    assert 20 < sum(turned for _, turned in seen[True]) < 60
 
 
 def test_takes_any_unet_configuration(folder, tmp_path):

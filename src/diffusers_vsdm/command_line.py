@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
 
+from .data.images import DamagedImageError
 from .trainer.config import RunConfig
 from .trainer.processes import process_state
 from .trainer.pushing import push, repository_for
@@ -65,7 +66,8 @@ def train(
     with told(ValueError, OSError, ImportError):
         config, repo_id = parse(config_class, description)
         trainer = trainer_class(config)
-    result = trainer.train()
+    with told(DamagedImageError):
+        result = trainer.train()
     process_state().destroy_process_group()
     if process_state().is_main_process:
         share = report(trainer, result)["metrics"]["sa_share"]

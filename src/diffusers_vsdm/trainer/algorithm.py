@@ -186,8 +186,9 @@ class BaseTrainer(ABC):
         self._times: tuple[Any, Tensor] | None = None  # their probabilities, and the drift's version
         self.losses: list[Tensor] = []
         self.seconds = self.sa_seconds = 0.0
-        if config.resume_from_checkpoint:
-            self.load(find_checkpoint(self.folder, config.resume_from_checkpoint))
+        name = config.resume_from_checkpoint
+        if name and (checkpoint := find_checkpoint(self.folder, name)) is not None:
+            self.load(checkpoint)
 
     # What is trained ------------------------------------------------------------------------------------------------
 
@@ -431,7 +432,7 @@ class BaseTrainer(ABC):
             ValueError: The checkpoint is damaged, or belongs to a run with other settings.
         """
         tensors, numbers = load_checkpoint(path)
-        check_settings(path, numbers["config"], self.config.identity(), self.config.default_identity())
+        check_settings(path, numbers["config"], self._identity(), self.config.default_identity())
         known = self.network.state_dict()
         self.network.load_state_dict(
             {name: split_like(tensor, known[name]) for name, tensor in inside(tensors, "network").items()}
@@ -461,6 +462,11 @@ class BaseTrainer(ABC):
         self.approximation.num_skipped = numbers["num_skipped"]
         self.step, self.seconds, self.sa_seconds = numbers["step"], numbers["seconds"], numbers["sa_seconds"]
 
+    def _identity(self) -> dict[str, Any]:
+        """What all parts of a run share."""
+        facts = {"num_examples": len(self.dataset), "num_processes": self.accelerator.num_processes}
+        return self.config.identity() | facts
+
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         tensors |= {f"drift.{name}": tensor for name, tensor in self.drift.state_dict().items()}
@@ -477,7 +483,7 @@ class BaseTrainer(ABC):
         ema = {} if self.ema is None else self.ema.state_dict()
         schedule = self.lr_scheduler.state_dict()
         return {
-            "config": self.config.identity(),
+            "config": self._identity(),
             "step": self.step,
             "seconds": self.seconds,
             "sa_seconds": self.sa_seconds,

@@ -187,8 +187,9 @@ class BridgeTrainer:
         self.half, self.seconds = 0, 0.0
         self.losses: list[float] = []
         self.recent: list[Tensor] = []
-        if config.resume_from_checkpoint and list_checkpoints(self.folder):  # or else the start was interrupted
-            self.load(find_checkpoint(self.folder, config.resume_from_checkpoint))
+        name = config.resume_from_checkpoint if list_checkpoints(self.folder) else ""  # the start was interrupted
+        if name and (checkpoint := find_checkpoint(self.folder, name)) is not None:
+            self.load(checkpoint)
 
     @property
     def num_halves(self) -> int:
@@ -430,7 +431,7 @@ class BridgeTrainer:
             for i, state in side.optimizer.state_dict()["state"].items():
                 tensors |= {f"{name}.optimizer.{i}.{key}": t for key, t in state.items()}
         numbers = {
-            "config": self.config.identity(),
+            "config": self._identity(),
             "half": self.half,
             "losses": self.losses,
             "seconds": self.seconds,
@@ -446,7 +447,7 @@ class BridgeTrainer:
             ValueError: The checkpoint is damaged, or belongs to a run with other settings.
         """
         tensors, numbers = load_checkpoint(path)
-        check_settings(path, numbers["config"], self.config.identity(), self.config.default_identity())
+        check_settings(path, numbers["config"], self._identity(), self.config.default_identity())
         for name, side in self._named().items():
             own = inside(tensors, name)
             side.network.load_state_dict(inside(own, "network"))
@@ -458,6 +459,10 @@ class BridgeTrainer:
             state = {int(i): inside(moments, i) for i in {key.split(".")[0] for key in moments}}
             side.optimizer.load_state_dict(groups | {"state": state})
         self.half, self.losses, self.seconds = numbers["half"], numbers["losses"], numbers["seconds"]
+
+    def _identity(self) -> dict[str, Any]:
+        facts = {"num_examples": len(self.data), "num_processes": self.accelerator.num_processes}
+        return self.config.identity() | facts
 
     def _named(self) -> dict[str, _Side]:
         return {"forward": self.sides[FORWARD], "backward": self.sides[BACKWARD]}

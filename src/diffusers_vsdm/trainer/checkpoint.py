@@ -12,9 +12,11 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+from diffusers.utils import logging
 from torch import Tensor
 
 
+logger = logging.get_logger(__name__)
 PREFIX, UNFINISHED = "checkpoint-", ".unfinished-checkpoint-"
 LATEST = "latest"
 TENSORS, NUMBERS = "state.safetensors", "state.json"
@@ -26,24 +28,28 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
-def find_checkpoint(folder: Path, name: str) -> Path:
+def find_checkpoint(folder: Path, name: str) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` names: `latest`, a name inside `folder`, or a path.
 
+    None if it is `latest` and there is none yet, so that the same command starts a run and goes on with it.
+
     Raises:
-        FileNotFoundError: There is none; the message lists those that there are.
+        FileNotFoundError: There is no such checkpoint; the message lists those that there are.
     """
     present = list_checkpoints(folder)
-    if name == LATEST and present:
-        return present[-1]
+    if name == LATEST:
+        if not present:
+            logger.warning("There is no checkpoint in %s yet: the run starts from the beginning.", folder)
+        return present[-1] if present else None
     for path in (folder / name, Path(name)):
-        if name != LATEST and (path / NUMBERS).is_file():
+        if (path / NUMBERS).is_file():
             return path
     names = ", ".join(path.name for path in present) or "none"
     raise FileNotFoundError(f"`resume_from_checkpoint` {name!r} is not a checkpoint in {folder}. There are: {names}.")
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], limit: int) -> Path:
-    """Write `checkpoint-{step}`, then delete the oldest beyond `limit` (0: keep all).
+    """Write `checkpoint-{step}`, then delete the oldest others beyond `limit` (0: keep all).
 
     Raises:
         OSError: It could not be written, for want of space perhaps; checkpoints that exist are left alone.
@@ -59,7 +65,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
             with file.open("rb") as written:
                 os.fsync(written.fileno())
         if target.exists():
-            _discard(target)
+            discard(target)
         os.rename(unfinished, target)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -68,12 +74,13 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
             f"Checkpoint {target} could not be written ({error}); the last whole one is"
             f" {kept[-1] if kept else 'none'}. Free some space, then resume."
         ) from error
-    for old in list_checkpoints(folder)[:-limit] if limit else []:
-        _discard(old)
+    others = [path for path in list_checkpoints(folder) if path != target]
+    for old in others[: max(0, len(others) + 1 - limit)] if limit else []:
+        discard(old)
     return target
 
 
-def _discard(checkpoint: Path) -> None:
+def discard(checkpoint: Path) -> None:
     """Delete a checkpoint; it loses its name first, lest half of it should pass for a whole one."""
     doomed = checkpoint.with_name(f"{UNFINISHED}{checkpoint.name}")
     os.rename(checkpoint, doomed)
@@ -92,7 +99,7 @@ def check_settings(path: Path, stored: dict[str, Any], settings: dict[str, Any],
         ValueError: A setting differs; the message names it.
     """
     known = default | stored
-    changed = sorted(key for key in settings if known[key] != settings[key])
+    changed = sorted(key for key in settings if key in known and known[key] != settings[key])
     if changed:
         raise ValueError(
             f"The checkpoint {path} is of a run with other settings of {', '.join(f'`{key}`' for key in changed)}:"

@@ -16,6 +16,7 @@ from ..schedulers.parameterization import PARAMETERIZATIONS
 from ..schedulers.scheduling_vsdm import PRIORS
 from ..solvers import SOLVERS
 from ..stochastic_approximation import GRADIENTS, SIMULATION_PRIORS, STEP_COUNTS, UPDATES
+from .checkpoint import discard, list_checkpoints
 
 
 POWER_LAW, EXPLODING, BROWNIAN = "power_law", "ve", "brownian"
@@ -23,7 +24,7 @@ POWER_LAW, EXPLODING, BROWNIAN = "power_law", "ve", "brownian"
 INCIDENTAL = (
     "output_dir overwrite_output_dir cache_dir num_eval_samples num_eval_steps eval_batch_size"
     " num_likelihood_samples ddpm_num_inference_steps validation_steps logger logging_steps logging_dir"
-    " validation_images statistics feature_weights"
+    " validation_images statistics feature_weights dataloader_num_workers"
     " checkpointing_steps checkpoints_total_limit resume_from_checkpoint license push_to_hub hub_model_id"
     " hub_private_repo hub_revision hub_tag"
 ).split()
@@ -37,6 +38,11 @@ BASELINES = ("none", "sgm")
 LR_SCHEDULERS = [
     s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT
 ]  # which takes rules of its own
+# what `pretrained_model_name_or_path` decides
+PRETRAINED = (
+    "prediction_type ddpm_num_steps ddpm_beta_schedule beta_min beta_max beta_power beta_start beta_end sigma_min"
+    " sigma_max model model_config_name_or_path"
+).split()
 LAMBDA_PER = ("all", "channel", "element")
 
 
@@ -278,7 +284,7 @@ class RunConfig:
         return " ".join(["accelerate launch", self.script, *(_flag(key, value) for key, value in given.items())])
 
     def prepare_output_dir(self) -> Path:
-        """Make the output folder.
+        """Make the output folder; checkpoints of a run that this one replaces are deleted.
 
         Raises:
             FileExistsError: It exists, is not empty, and neither `overwrite_output_dir` nor a checkpoint is given.
@@ -291,6 +297,8 @@ class RunConfig:
                 " --overwrite_output_dir to write into it."
             )
         folder.mkdir(parents=True, exist_ok=True)
+        for old in [] if self.resume_from_checkpoint else list_checkpoints(folder):
+            discard(old)
         return folder
 
 
@@ -350,6 +358,15 @@ class TrainingConfig(RunConfig, DataConfig):
                 f"`validation_images` {self.validation_images} must be 0, or at least 2 for images with"
                 " `validation_steps`."
             )
+        default = self.default_identity()
+        ignored = [f"`{name}`" for name in PRETRAINED if getattr(self, name) != default[name]]
+        if self.pretrained_model_name_or_path and ignored:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r} brings its own network and"
+                f" process: leave out {', '.join(ignored)}."
+            )
+        if self.max_train_samples < 0:
+            raise ValueError(f"`max_train_samples` must not be negative, got {self.max_train_samples}.")
         if self.basis != "identity" and (self.basis == "dense") != self.is_toy:
             raise ValueError(
                 f"`basis` {self.basis!r} is for {'images' if self.is_toy else 'vectors'}, not these data."

@@ -125,7 +125,7 @@ def drift_picture(config: RunConfig, result: TrainingResult) -> Image.Image:
         POWER_LAW: (config.beta_max, r"\beta_{\max}"),
         EXPLODING: (config.sigma_max**2, r"\sigma_{\max}^2"),
         BROWNIAN: (config.sigma_max**2, r"\sigma_{\max}^2"),
-    }.get(config.ddpm_beta_schedule, (1.0, ""))
+    }.get("" if getattr(config, "pretrained_model_name_or_path", "") else config.ddpm_beta_schedule, (1.0, ""))
     return picture_drift(result.lambdas * scale, drift.lam * scale, unit, drift.num_times is not None)
 
 

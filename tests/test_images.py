@@ -18,6 +18,8 @@ from diffusers_vsdm.models import UNETS, build_model
 from diffusers_vsdm.trainer import Trainer, TrainingConfig
 from diffusers_vsdm.trainer.report import write_report
 
+from .processes import run_python, run_two
+
 
 DATA = os.environ.get("VSDM_TEST_DATA")
 real_data = pytest.mark.skipif(not DATA, reason="VSDM_TEST_DATA is not set: it names the folder that holds cifar10/")
@@ -309,6 +311,39 @@ def test_networks_that_do_not_fit_are_refused(folder, tmp_path, changed, message
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         train_tiny(folder, tmp_path / "model", model_config_name_or_path=str(tmp_path / "config.json"))
+
+
+TWO = """
+import sys
+import torch
+from tests.test_images import train_tiny
+
+torch.set_num_threads(1)
+folder, output, batch = sys.argv[1:]
+settings = {"basis": "dct", "random_flip": True, "gradient_accumulation_steps": 2, "train_batch_size": int(batch)}
+run, result = train_tiny(folder, output, **settings, checkpointing_steps=7)
+again, resumed = train_tiny(folder, output, **settings, resume_from_checkpoint="checkpoint-7")
+pairs = zip(result.pipeline.unet.parameters(), resumed.pipeline.unet.parameters(), strict=True)
+assert all(torch.equal(a, b) for a, b in pairs) and torch.equal(run.drift.lam, again.drift.lam)
+if run.accelerator.is_main_process:
+    weights = [p.detach().clone() for p in result.pipeline.unet.parameters()]
+    torch.save((run.accelerator.num_processes, run.drift.lam, weights), output + ".pt")
+"""
+
+
+def test_two_processes_train_images_as_one_does_and_resume(folder, tmp_path):
+    picture(9).save(folder / "9.png")
+    picture(10).save(folder / "10.png")
+    picture(11).save(folder / "11.png")  # three batches of both
+    outcome = run_two(TWO, tmp_path, folder, tmp_path / "two", 2)
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    outcome = run_python(["-c", TWO, folder, tmp_path / "one", 4])
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    (two, lam, weights), (one, expected_lam, expected) = (torch.load(tmp_path / f"{n}.pt") for n in ("two", "one"))
+    assert (two, one) == (2, 1) and lam.std() > 0
+    torch.testing.assert_close(lam, expected_lam, rtol=1e-3, atol=1e-3)
+    for mine, whole in zip(weights, expected, strict=True):
+        torch.testing.assert_close(mine, whole, rtol=0, atol=2e-4)
 
 
 @real_data

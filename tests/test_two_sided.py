@@ -1,5 +1,6 @@
 """Processes with networks on both sides, where the bridge is known: between Gaussians."""
 
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from diffusers.configuration_utils import register_to_config
 
 from diffusers_vsdm import AdaptiveDiagonalDrift, BridgePipeline, MLPModel, VSDMPipeline, VSDMScheduler
 from diffusers_vsdm.bridges import GaussianSchrodingerBridge, TwoSidedProcess
+from diffusers_vsdm.models import build_model
 from diffusers_vsdm.schedulers.parameterization import PARAMETERIZATIONS
 from diffusers_vsdm.solvers import SOLVERS
 
@@ -310,6 +312,41 @@ def test_without_a_forward_network_it_is_the_pipeline_of_its_parts(solver):
     assert (samples[0] == samples[1]).all()
     x = data(3)
     torch.testing.assert_close(bridge.log_likelihood(x).value, plain.log_likelihood(x).value)
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_a_trained_pipeline_converts_by_from_pipe(images):
+    if images:
+        network, scheduler = build_model("tiny", (3, 8, 8), 100), VSDMScheduler.from_power_law(clip_sample=True)
+        scheduler.fit_moments(torch.randn(50, 3, 8, 8))
+    else:
+        network, scheduler = MLPModel(2, 100, 16, 1), VSDMScheduler.from_power_law()
+        scheduler.fit_moments(data(50), basis="identity")
+    plain = VSDMPipeline(network, scheduler)
+    bridge = BridgePipeline.from_pipe(plain)
+    assert bridge.unet is network and bridge.scheduler.drift is scheduler.drift and bridge.forward_unet is None
+    assert bridge.scheduler.config["clip_sample"] == images
+    both = BridgePipeline.from_pipe(plain, forward_unet=copy.deepcopy(network))
+    assert not both.scheduler.config["clip_sample"] and scheduler.config["clip_sample"] == images
+    assert torch.equal(both.scheduler.drift.lam, scheduler.drift.lam)
+    assert isinstance(VSDMPipeline.from_pipe(plain), VSDMPipeline)
+
+
+def test_bounds_are_those_of_the_class():
+    torch.manual_seed(0)
+    network = build_model("tiny", (3, 8, 8), 100, num_classes=3)
+    pipelines = [
+        cls(network, VSDMScheduler.from_power_law(num_train_timesteps=5)) for cls in (VSDMPipeline, BridgePipeline)
+    ]
+    images = torch.rand(4, 3, 8, 8)
+    for pipeline in pipelines:
+        of = [
+            pipeline.likelihood_bound(images, generator=torch.Generator().manual_seed(0), class_labels=c).total
+            for c in (0, 1, None)
+        ]
+        assert not torch.equal(of[0], of[1]) and not torch.equal(of[0], of[2])
+        with pytest.raises(ValueError, match="`class_labels` must lie in 0 to 2"):
+            pipeline.likelihood_bound(images, class_labels=9)
 
 
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)

@@ -4,11 +4,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers import ModelMixin, UNet2DModel
 from torch import Tensor
 
 from ..bridges.two_sided import TwoSidedProcess
 from ..likelihood import LogLikelihood
+from ..models import MLPModel
 from ..models.classes import class_condition
 from ..normalizer import DataNormalizer
 from ..objectives import LikelihoodBound
@@ -40,10 +41,10 @@ class BridgePipeline(VSDMPipeline):
 
     def __init__(
         self,
-        unet: ModelMixin,
+        unet: UNet2DModel | MLPModel | ModelMixin,
         scheduler: VSDMScheduler,
         normalizer: DataNormalizer | None = None,
-        forward_unet: ModelMixin | None = None,
+        forward_unet: UNet2DModel | MLPModel | ModelMixin | None = None,
         prior: str = "gaussian",
     ):
         super().__init__(unet, scheduler, normalizer)

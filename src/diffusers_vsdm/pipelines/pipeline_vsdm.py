@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..likelihood import LEVELS, LogLikelihood, dequantize, flow_log_likelihood
+from ..models import MLPModel
 from ..models.classes import class_condition, num_classes
 from ..normalizer import DataNormalizer
 from ..objectives import LikelihoodBound, likelihood_bound
@@ -66,7 +67,12 @@ class VSDMPipeline(DiffusionPipeline):
     _optional_components = ["normalizer"]
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, normalizer: DataNormalizer | None = None):
+    def __init__(
+        self,
+        unet: UNet2DModel | MLPModel | ModelMixin,  # `from_pipe` takes over what is of just such a class
+        scheduler: SchedulerMixin,
+        normalizer: DataNormalizer | None = None,
+    ):
         super().__init__()
         for key, what in {"drift_sha256": "a drift", "trained_sigmas": "a table of sigmas"}.items():
             if not isinstance(scheduler, VSDMScheduler) and scheduler.config.get(key) is not None:

@@ -63,7 +63,9 @@ SHORTER = {
 }
 # as the script does without being told
 DEFAULTS = {"SB-FBSDE, matching, longer": {"objective": "matching", "beta_max": 3.0, "baseline": "sgm"}}
-EXTRA = {"spiral-8y": SHORTER, "8gaussians": DEFAULTS}
+# the noise is small beside the distances, and the half bridges' iterations are slow to converge
+PATIENT = {"SB-FBSDE, matching, 12 stages": METHODS["SB-FBSDE, matching"] | {"bridge_stages": 12}}
+EXTRA = {"spiral-8y": SHORTER, "8gaussians": DEFAULTS, "moons to 8gaussians, wide": PATIENT}
 TOYS = ("8gaussians", "moons", "checkerboard", "spiral-8y")
 BETWEEN: dict[str, dict[str, Any]] = {
     "moons to 8gaussians": {"dataset_name": "8gaussians", "prior_dataset_name": "moons", "sigma_max": 1.5},

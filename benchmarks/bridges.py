@@ -208,9 +208,11 @@ def run_transport(job: tuple[str, str, int]) -> dict[str, Any]:
 
 
 def transports() -> list[tuple[str, str]]:
-    """Problems and methods; joint training, which is slow, at last."""
+    """Problems and methods, small dimensions first; joint training in others, which is slow, at last."""
     jobs = [(problem, method) for problem in TRANSPORTS for method in TRANSPORT_METHODS]
-    return sorted(jobs, key=lambda job: "joint" in job[1])
+    dimension = {problem: d for problem, (d, *_) in TRANSPORTS.items()}
+    least = min(DIMENSIONS)
+    return sorted(jobs, key=lambda job: ("joint" in job[1] and dimension[job[0]] > least, dimension[job[0]]))
 
 
 def run_gaussian(job: tuple[str, str, int]) -> dict[str, Any]:

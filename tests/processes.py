@@ -26,7 +26,7 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(list(LIBRARIES))
 
 
-def run_python(arguments, cwd=ROOT, env=None, timeout=60) -> subprocess.CompletedProcess:
+def run_python(arguments, cwd=ROOT, env=None, timeout=180) -> subprocess.CompletedProcess:
     """As `subprocess.run([sys.executable, *arguments], capture_output=True, text=True)`, of a script or `-c code`.
 
     Raises:
@@ -54,7 +54,7 @@ def run_two(code: str, folder: Path, *arguments: object) -> subprocess.Completed
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *arguments]
-    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=180)
 
 
 def _become(arguments: list[str], cwd: str, environment: dict[str, str], folder: str) -> None:

@@ -91,11 +91,6 @@ GAUSSIAN_METHODS = {name: TRANSPORT_METHODS[name] for name in HALF_BRIDGES} | {
     f"SB-FBSDE, joint, control energy {weight}": TRANSPORT_METHODS["SB-FBSDE, joint"] | {"control_energy": weight}
     for weight in (0.0, 0.1, 1.0)
 }
-GAUSSIAN_METHODS |= {
-    f"SB-FBSDE, joint, control energy {weight}, longer": GAUSSIAN_METHODS["SB-FBSDE, joint, control energy 0.1"]
-    | {"control_energy": weight, "bridge_steps": 4 * HALF // JOINT_SCALE}
-    for weight in (0.1, 0.3)
-}
 
 
 def run_toy(job: tuple[str, str, int]) -> dict[str, Any]:

@@ -208,11 +208,10 @@ def run_transport(job: tuple[str, str, int]) -> dict[str, Any]:
 
 
 def transports() -> list[tuple[str, str]]:
-    """Problems and methods, small dimensions first; joint training in others, which is slow, at last."""
+    """Problems and methods; joint training, which is slow, in two dimensions and at last."""
     jobs = [(problem, method) for problem in TRANSPORTS for method in TRANSPORT_METHODS]
-    dimension = {problem: d for problem, (d, *_) in TRANSPORTS.items()}
-    least = min(DIMENSIONS)
-    return sorted(jobs, key=lambda job: ("joint" in job[1] and dimension[job[0]] > least, dimension[job[0]]))
+    joint = [job for job in jobs if "joint" in job[1]]
+    return [job for job in jobs if job not in joint] + [job for job in joint if job[0].startswith("d = 2,")]
 
 
 def run_gaussian(job: tuple[str, str, int]) -> dict[str, Any]:

@@ -417,6 +417,17 @@ TABLES: dict[str, tuple] = {
         },
         in_order,
     ),
+    "bridges_gaussian": (
+        "bridges_gaussian.json",
+        {
+            "relative error of z_f, %": each("relative error", 1, 100),
+            "control energy": each("control energy", 3),
+            "of the bridge": each("of the bridge", 3),
+            "W2 of the forward end": each("forward end", 3),
+            "seconds": each("seconds", 0),
+        },
+        in_order,
+    ),
     "bridges_transport": (
         "bridges_transport.json",
         {

@@ -78,17 +78,22 @@ BETWEEN: dict[str, dict[str, Any]] = {
     },
 }
 LIKELIHOODS = 10_000
-TRANSPORT_METHODS = {"SGM": {"baseline": "sgm"}, "VSDM": {"baseline": "none"}} | {
+COUNTS = ("max_train_steps", "bridge_steps")
+KNOWN_METHODS = {"SGM": {"baseline": "sgm"}, "VSDM": {"baseline": "none"}} | {
     name: {key: value for key, value in METHODS[name].items() if key != "beta_max"}
     for name in (*HALF_BRIDGES, "SB-FBSDE, joint")
 }
+TRANSPORT_METHODS = {  # of many problems, with half as many steps
+    name: method | {key: value // 2 for key, value in ({"max_train_steps": STEPS} | method).items() if key in COUNTS}
+    for name, method in KNOWN_METHODS.items()
+}
 DIMENSIONS, EPSILONS = (2, 16, 64), (0.1, 1, 10)
 POWER = 1.7  # of the power law
-ROWS, COLUMNS = 100, 1000  # samples of the source, and of the law given each of them
+ROWS, COLUMNS = 25, 1000  # samples of the source, and of the law given each of them
 ENDS, REFERENCE = 20_000, 100_000
 MEAN, COVARIANCE = (1.0, -0.5), ((2.0, 1.0), (1.0, 1.5))
-GAUSSIAN_METHODS = {name: TRANSPORT_METHODS[name] for name in HALF_BRIDGES} | {
-    f"SB-FBSDE, joint, control energy {weight}": TRANSPORT_METHODS["SB-FBSDE, joint"] | {"control_energy": weight}
+GAUSSIAN_METHODS = {name: KNOWN_METHODS[name] for name in HALF_BRIDGES} | {
+    f"SB-FBSDE, joint, control energy {weight}": KNOWN_METHODS["SB-FBSDE, joint"] | {"control_energy": weight}
     for weight in (0.0, 0.1, 1.0)
 }
 
@@ -181,7 +186,7 @@ def run_transport(job: tuple[str, str, int]) -> dict[str, Any]:
         return transport.sample(source(n, generator), generator)
 
     known |= {"target": target}
-    settings = {"num_likelihood_samples": 0, "num_eval_samples": 0, "seed": seed, "max_train_steps": STEPS}
+    settings = {"num_likelihood_samples": 0, "num_eval_samples": 0, "seed": seed}
     settings |= {"dataset_name": "target", "prior_type": "standard", "prediction_type": "edm"}
     config = BridgeConfig(**(settings | reference_process(epsilon) | TRANSPORT_METHODS[method]))
     started = time.perf_counter()

@@ -90,7 +90,7 @@ def _run_and_record(folder):
 def test_sigkill_at_ten_random_moments_changes_nothing(tmp_path):
     """A checkpoint after every step, so that many kills fall into the writing of one."""
     whole = outcome(tiny(tmp_path / "whole", max_train_steps=LONG))
-    fork, folder, kills = multiprocessing.get_context("fork"), tmp_path / "killed", 0
+    fork, folder, kills, torn = multiprocessing.get_context("fork"), tmp_path / "killed", 0, 0
     generator = random.Random(0)
     while not (tmp_path / "outcome.pt").exists():
         process = fork.Process(target=_run_and_record, args=(folder,))
@@ -100,12 +100,19 @@ def test_sigkill_at_ten_random_moments_changes_nothing(tmp_path):
             while process.is_alive() and _newest(folder) == before:
                 time.sleep(0.002)
             time.sleep(generator.uniform(0, 0.08))
+            while kills % 2 and process.is_alive() and not _unfinished(folder):
+                pass
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
         process.join()
-    assert kills == 10
+        torn += bool(_unfinished(folder))
+    assert kills == 10 and torn  # and some of them within the writing of a checkpoint
     assert_same(whole, torch.load(tmp_path / "outcome.pt"))
     assert len(list_checkpoints(folder)) == 2
+
+
+def _unfinished(folder):
+    return list(folder.glob(f"{checkpoint.UNFINISHED}*"))
 
 
 def _newest(folder):

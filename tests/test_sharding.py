@@ -55,6 +55,7 @@ def _train_split(folder):
     torch.save(found, folder / f"{process_state().process_index}.pt")
 
 
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch's FSDP2 needs a GPU")
 def test_split_networks_train_as_whole_ones_do(tmp_path):
     call = f"test_sharding._train_split(Path({str(tmp_path)!r}))"
     outcome = run_two(f"from pathlib import Path\nfrom tests import test_sharding\n{call}\n", tmp_path)

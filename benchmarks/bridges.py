@@ -213,10 +213,9 @@ def run_transport(job: tuple[str, str, int]) -> dict[str, Any]:
 
 
 def transports() -> list[tuple[str, str]]:
-    """Problems and methods; joint training, which is slow, in two dimensions and at last."""
+    """Problems and methods; joint training at last."""
     jobs = [(problem, method) for problem in TRANSPORTS for method in TRANSPORT_METHODS]
-    joint = [job for job in jobs if "joint" in job[1]]
-    return [job for job in jobs if job not in joint] + [job for job in joint if job[0].startswith("d = 2,")]
+    return sorted(jobs, key=lambda job: "joint" in job[1])
 
 
 def run_gaussian(job: tuple[str, str, int]) -> dict[str, Any]:

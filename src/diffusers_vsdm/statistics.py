@@ -34,7 +34,7 @@ class Moments:
             batch = batch.detach().to("cpu", torch.float64)
             mean = batch.mean(0)
             deviations = batch - mean
-            squares = deviations.mT @ deviations if full else deviations.square().sum(0)
+            squares = deviations.mT @ deviations if full else deviations.square_().sum(0)
             if not torch.isfinite(squares).all():
                 raise ValueError("The data hold NaN or infinite values: remove them.")
             delta, total = mean - self.mean, self.count + len(batch)

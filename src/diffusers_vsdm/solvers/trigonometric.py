@@ -37,8 +37,7 @@ from .exponential import blind_calls, columns, moment_weights
 
 
 LEAST_VARIANCE = 1e-8  # of the largest, or of 1: dimensions that do not vary take the limit v -> 0
-POINTS, SHARES = (torch.from_numpy(x) / 2 for x in np.polynomial.legendre.leggauss(12))  # of Gauss-Legendre quadrature
-POINTS = POINTS + 0.5
+QUADRATURE = 12  # points of Gauss and Legendre
 ORDER = 3  # of 1 to 4 the best one over problems and numbers of steps
 MOST_AMPLIFICATION = 5.0  # of errors of the nodes in a step; in equal steps it is 11 / 3 at order 3, and 2 at order 2
 
@@ -69,6 +68,8 @@ class AngularPath:
         self._blind = blind_calls(lam, g)
         self.clock = torch.cat([g, g_next[-1:]]) ** 0.25
         self.angles, self.ends = self._angle(g), self._angle(g_next)
+        points, shares = (torch.from_numpy(x) / 2 for x in np.polynomial.legendre.leggauss(QUADRATURE))
+        self._points, self._shares = points + 0.5, shares
 
     def nodes_at(self, i: int, most: int) -> int:
         """How many calls, at most so many, step i may look back on."""
@@ -83,12 +84,11 @@ class AngularPath:
             nodes.pop()
         total = self.ends[i] - self.angles[i]
         # by parts: of the angle itself, which is smoother than its rate
-        turned = (
-            [self._angle((clock[i] + point * step) ** 4) - self.angles[i] for point in POINTS] if nodes[1:] else []
-        )
+        points = self._points if nodes[1:] else ()
+        turned = [self._angle((clock[i] + point * step) ** 4) - self.angles[i] for point in points]
         moments = [total]
         for k in range(1, len(nodes)):
-            rest = sum(w * p ** (k - 1) * t for w, p, t in zip(SHARES, POINTS, turned, strict=True))
+            rest = sum(w * p ** (k - 1) * t for w, p, t in zip(self._shares, self._points, turned, strict=True))
             moments.append(total - k * rest)
         return moment_weights(nodes, moments)
 

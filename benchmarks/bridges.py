@@ -243,7 +243,7 @@ def run_gaussian(job: tuple[str, str, int]) -> dict[str, Any]:
         matrix, shift = exact.forward_score(g)
         truth = x.double() @ matrix.mT + shift
         with torch.no_grad():
-            mine = process._at(process.forward, x, k).double()
+            mine = process.control(x, k, 1).double()
         sums += width * torch.stack([(mine - truth).square(), truth.square(), mine.square()]).sum(2).mean(1)
     with torch.no_grad():
         ends, controls = process.run(draw(mean, covariance, ENDS, generator), 1, generator)

@@ -74,6 +74,19 @@ def test_a_run_trains_what_it_says(start, objective):
     assert samples.shape == (4, 2)
 
 
+def test_a_weight_on_the_control_energy_lowers_it(start):
+    settings = {"objective": "joint", "bridge_stages": 1, "bridge_steps": 30, "bridge_num_steps": 5}
+    settings |= {"bridge_learning_rate": 2e-3}
+    energies = []
+    for weight in (0.0, 100.0):
+        process = train_bridge(tiny(**settings, control_energy=weight), start).pipeline.process()
+        x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            _, controls = process.run(x, 1, torch.Generator().manual_seed(0))
+        energies.append(float(torch.diff(process.g) @ controls.double().square().sum(2).mean(1)))
+    assert energies[1] < 0.2 * energies[0]
+
+
 def test_a_bridge_starts_as_its_reference(start):
     trainer = BridgeTrainer(tiny(), start)
     x = torch.randn(5, 2)
@@ -204,6 +217,17 @@ def test_images_are_mirrored(pictures):
     plain, mirrored = one._ends(bridge.FORWARD, 32), other._ends(bridge.FORWARD, 32)
     known = [(x == y).all() or (x.flip(-1) == y).all() for x, y in zip(plain, mirrored, strict=True)]
     assert all(known) and 8 < sum(not torch.equal(x, y) for x, y in zip(plain, mirrored, strict=True)) < 24
+
+
+def test_channels_last_holds_for_both_networks(pictures, tmp_path):
+    """Also for a start that comes from a folder, where the order of memory is not kept."""
+    config, folder = tiny(**pictures, channels_last=True, output_dir=str(tmp_path / "run")), tmp_path / "start"
+    for resume in ("", "latest"):
+        again = dataclasses.replace(config, resume_from_checkpoint=resume)
+        pipeline = train_bridge(again, start_folder=folder).pipeline
+        for network in (pipeline.unet, pipeline.forward_unet):
+            weight = network.mid_block.resnets[0].conv1.weight
+            assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
 def test_dropout_resumes_to_the_bit(pictures, tmp_path):

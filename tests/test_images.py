@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
-from diffusers_vsdm import VSDMPipeline
+from diffusers_vsdm import VSDMPipeline, command_line
 from diffusers_vsdm.data.images import DamagedImageError, ImageDataset, load_images
 from diffusers_vsdm.models import UNETS, build_model
 from diffusers_vsdm.trainer import Trainer, TrainingConfig
@@ -129,6 +129,18 @@ def test_a_damaged_file_is_named(folder):
     data = load_images(str(folder))
     with pytest.raises(DamagedImageError, match=r"Image 2 of column 'image' \(.*/10.png\) is damaged"):
         data.__getitems__(list(range(12)))
+
+
+def test_a_file_that_is_damaged_in_mid_training_is_named(folder, tmp_path, monkeypatch):
+    def trainer(config):
+        made = Trainer(config)
+        (folder / "4.png").write_bytes(b"not a picture")
+        return made
+
+    settings = TINY | {"train_data_dir": folder, "output_dir": tmp_path / "model"}
+    monkeypatch.setattr("sys.argv", ["train_vsdm.py", *(f"--{name}={value}" for name, value in settings.items())])
+    with pytest.raises(SystemExit, match=r"train_vsdm.py: Image 4 of column 'image' \(.*/4.png\) is damaged"):
+        command_line.train(TrainingConfig, trainer, lambda trainer, result: {}, None)
 
 
 @pytest.mark.parametrize("damage", ["cut", "page"])

@@ -137,8 +137,13 @@ class TwoSidedProcess:
             path.append(x)
             controls.append(z)
         if direction > 0:
-            controls = [*controls[1:], self._at(self.forward, path[-1], self.times[-1])]
+            controls = [*controls[1:], self.control(path[-1], self.times[-1], 1)]
         return torch.stack(path[::direction]), torch.stack(controls[::direction])
+
+    def control(self, x: Tensor, k: Tensor, direction: int) -> Tensor:
+        """$z$ of one direction for samples `(n, *event_shape)` at one of the `times`."""
+        policy = self.forward if direction > 0 else self.backward
+        return policy(x, k.clamp(min=0).to(x.device).expand(len(x)))
 
     def arrive(self, start: Tensor, direction: int, generator: torch.Generator | None = None) -> Tensor:
         """Where the paths of [`run`] end, of which no more is kept; `(n, *event_shape)`."""
@@ -150,12 +155,12 @@ class TwoSidedProcess:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The point after each step, and the z that led there."""
         a, c, s = self.coefficients(start, direction)
-        basis, policy = self.scheduler.basis(start), self.forward if direction > 0 else self.backward
+        basis = self.scheduler.basis(start)
         order = range(len(self)) if direction > 0 else range(len(self) - 1, -1, -1)
         x = start
         for j in order:
             k = self.times[j] if direction > 0 else self.times[j + 1]
-            z = self._at(policy, x, k)
+            z = self.control(x, k, direction)
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
             moved = a[j] * basis.to_basis(x) + c[j] * basis.to_basis(z) + s[j] * basis.to_basis(noise)
             x = basis.from_basis(moved)
@@ -216,11 +221,11 @@ class TwoSidedProcess:
         basis = self.scheduler.basis(path[0])
         y = basis.to_basis(path)
         sides = []
-        for direction, policy in ((1, self.forward), (-1, self.backward)):
+        for direction in (1, -1):
             a, c, s = self.coefficients(path[0], direction)
             start, end = (y[:-1], y[1:]) if direction > 0 else (y[1:], y[:-1])
             points, times = (path[:-1], self.times[:-1]) if direction > 0 else (path[1:], self.times[1:])
-            z = torch.stack([self._at(policy, x, k) for x, k in zip(points, times, strict=True)])
+            z = torch.stack([self.control(x, k, direction) for x, k in zip(points, times, strict=True)])
             a, c, s = (x[:, None] for x in (a, c, s))
             error = (end - a * start - c * basis.to_basis(z)) / s
             density = -0.5 * error.square() - (s + torch.zeros_like(error)).log() - 0.5 * math.log(2 * math.pi)
@@ -229,12 +234,8 @@ class TwoSidedProcess:
         return steps[0], steps[1:].sum(0)
 
     def _langevin(self, x: Tensor, k: Tensor, generator: torch.Generator | None) -> Tensor:
-        score = self._at(self.forward, x, k) + self._at(self.backward, x, k)
+        score = self.control(x, k, 1) + self.control(x, k, -1)
         noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         sizes = [y.flatten(1).norm(dim=1).mean() for y in (noise, score)]
         step = 2 * (CORRECTOR_RATIO * sizes[0] / sizes[1].clamp(min=1e-12)) ** 2
         return x + step * score + (2 * step).sqrt() * noise
-
-    @staticmethod
-    def _at(policy: Policy, x: Tensor, k: Tensor) -> Tensor:
-        return policy(x, k.clamp(min=0).to(x.device).expand(len(x)))

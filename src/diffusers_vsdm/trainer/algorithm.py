@@ -464,8 +464,7 @@ class BaseTrainer(ABC):
 
     def _identity(self) -> dict[str, Any]:
         """What all parts of a run share."""
-        facts = {"num_examples": len(self.dataset), "num_processes": self.accelerator.num_processes}
-        return self.config.identity() | facts
+        return self.config.identity(num_examples=len(self.dataset), num_processes=self.accelerator.num_processes)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}

@@ -65,6 +65,7 @@ from .setup import FUSED, build_accelerator, build_data, build_network, mirrored
 
 OBJECTIVES = ("matching", "alternating", "joint")
 FORWARD, BACKWARD = 1, -1
+ENERGY_FALL = 0.01  # of the weight of the control energy, over the run
 BRIDGE_FOLDER, START_RECORD = "bridge", "start.json"
 Pair = tuple[Tensor, Tensor]
 T = TypeVar("T")
@@ -172,6 +173,8 @@ class BridgeTrainer:
         set_seed(config.seed)
         self.data = on_device(build_data(config), self.accelerator.device)
         forward_network = build_network(config, self.data.event_shape, None)
+        if config.channels_last:  # which a saved start does not remember
+            start.unet.to(memory_format=torch.channels_last)
         self._start_at_zero(forward_network)
         prior = "data" if config.prior_dataset_name else "gaussian"
         self.pipeline = BridgePipeline(start.unet, start.scheduler, start.normalizer, forward_network, prior)
@@ -277,7 +280,8 @@ class BridgeTrainer:
         """Train both networks on forward paths, through the simulation: Eq. 24, and the control energy."""
         config = self.config
         log_prior = self.pipeline.scheduler.prior(self.accelerator.device, torch.float32).log_prob
-        for _, generator in self._steps():
+        for step, generator in self._steps():
+            weight = config.control_energy * ENERGY_FALL ** self._progress(step)
             process = self.process.moved(generator)
             widths = torch.diff(process.g).to(self.accelerator.device, torch.float32)
             start = self._ends(FORWARD, config.train_batch_size)
@@ -290,7 +294,7 @@ class BridgeTrainer:
             z_b, trace = divergence(partial(_at, process.backward, k), x, probe, create_graph=True)
             z_f = controls[at, which]
             energy = 0.5 * z_f.square().flatten(1).sum(1)
-            matching = implicit_matching(z_f, -z_b, -trace) + config.control_energy * energy
+            matching = implicit_matching(z_f, -z_b, -trace) + weight * energy
             loss = (widths.sum() * matching - log_prior(path[-1])).mean()
             self._descend(loss, FORWARD, BACKWARD)
         return self._mean_loss()
@@ -305,14 +309,16 @@ class BridgeTrainer:
             seed = (config.seed + 1) * 1_000_000_007 + (done + step) * 104_729 + process_index * 15_485_863
             self.generator.manual_seed(seed)
             seed_dropout(seed, self.accelerator.device)
-            progress = (done + step) / (self.num_halves * config.bridge_steps)
+            falling = 0.5 * (1 + math.cos(math.pi * self._progress(step)))
             for side in self.sides.values():
-                side.optimizer.param_groups[0]["lr"] = (
-                    config.bridge_learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-                )
+                side.optimizer.param_groups[0]["lr"] = config.bridge_learning_rate * falling
             yield step, self.generator
             if (done + step + 1) % config.logging_steps == 0:
                 self.accelerator.log({"loss": self._mean_loss()}, step=done + step + 1)
+
+    def _progress(self, step: int) -> float:
+        """Share of the run before this step of the half bridge."""
+        return (self.half + step / self.config.bridge_steps) / self.num_halves
 
     def _mean_loss(self) -> float:
         """Of the last steps of this half bridge."""
@@ -461,8 +467,7 @@ class BridgeTrainer:
         self.half, self.losses, self.seconds = numbers["half"], numbers["losses"], numbers["seconds"]
 
     def _identity(self) -> dict[str, Any]:
-        facts = {"num_examples": len(self.data), "num_processes": self.accelerator.num_processes}
-        return self.config.identity() | facts
+        return self.config.identity(num_examples=len(self.data), num_processes=self.accelerator.num_processes)
 
     def _named(self) -> dict[str, _Side]:
         return {"forward": self.sides[FORWARD], "backward": self.sides[BACKWARD]}

@@ -258,9 +258,9 @@ class RunConfig:
         steps = self.num_epochs * (num_samples // whole_batch) // self.gradient_accumulation_steps
         return replace(self, num_epochs=0, max_train_steps=steps)
 
-    def identity(self) -> dict[str, Any]:
-        """The settings that make the run what it is: all that a resumed part must share."""
-        return {key: value for key, value in asdict(self).items() if key not in INCIDENTAL}
+    def identity(self, **facts: int) -> dict[str, Any]:
+        """The settings that make the run what it is, and facts of it: all that a resumed part must share."""
+        return {key: value for key, value in asdict(self).items() if key not in INCIDENTAL} | facts
 
     @classmethod
     def default_identity(cls) -> dict[str, Any]:

@@ -74,6 +74,16 @@ def test_a_run_trains_what_it_says(start, objective):
     assert samples.shape == (4, 2)
 
 
+def test_joint_training_bounds_the_entropy_of_the_data():
+    """No pair of networks is below it, however few the steps of a path: an integral of Eq. 24 over them would be."""
+    settings = {"dataset_name": "gaussian-centered", "standardize": False, "train_batch_size": 512}
+    settings |= {"objective": "joint", "bridge_stages": 1, "bridge_steps": 100, "bridge_num_steps": 5}
+    result = train_bridge(tiny(**settings, bridge_learning_rate=5e-3))
+    covariance = bridge.sample_toy("gaussian-centered", 100_000, torch.Generator().manual_seed(0)).T.cov()
+    entropy = 0.5 * float(torch.logdet(2 * torch.pi * torch.e * covariance.double()))
+    assert entropy - 0.05 < min(result.losses) and result.losses[-1] < entropy + 1
+
+
 def test_a_weight_on_the_control_energy_lowers_it(start):
     settings = {"objective": "joint", "bridge_stages": 1, "bridge_steps": 30, "bridge_num_steps": 5}
     settings |= {"bridge_learning_rate": 2e-3}

@@ -191,6 +191,14 @@ def test_the_log_ratio_bounds_the_likelihood_and_gets_tight():
     assert gaps[1] < 0.05 + 4 * error and gaps[1] < 0.6 * gaps[0] + 4 * error
 
 
+def test_the_entropy_of_the_forward_noise_is_minus_the_mean_log_density():
+    scheduler = reference()
+    process = TwoSidedProcess(scheduler, *policies(scheduler), num_steps=10)
+    path, _ = process.run(data(20_000).double(), 1, torch.Generator().manual_seed(2))
+    values = process.log_density(path, 1).sum(0)
+    assert abs(float(values.mean() + process.entropy(path[0]))) < 4 * float(values.std()) / len(values) ** 0.5
+
+
 @pytest.mark.parametrize("side", ["forward", "backward"])
 def test_paths_that_blow_up_tell_when(side):
     scheduler = reference(num_train_timesteps=10)

@@ -206,6 +206,23 @@ class TwoSidedProcess:
         target = (a * x_0 - x if direction < 0 else a * (x_T - a * x)) / s**2
         return basis.from_basis(x), basis.from_basis(target), s
 
+    def log_density(self, path: Tensor, direction: int) -> Tensor:
+        """Of the steps between the points of a path, taken forward or backward, `(num_steps, n)` in nats."""
+        basis = self.scheduler.basis(path[0])
+        y = basis.to_basis(path)
+        a, c, s = (x[:, None] for x in self.coefficients(path[0], direction))
+        start, end = (y[:-1], y[1:]) if direction > 0 else (y[1:], y[:-1])
+        points, times = (path[:-1], self.times[:-1]) if direction > 0 else (path[1:], self.times[1:])
+        z = torch.stack([self.control(x, k, direction) for x, k in zip(points, times, strict=True)])
+        error = (end - a * start - c * basis.to_basis(z)) / s
+        density = -0.5 * error.square() - (s + torch.zeros_like(error)).log() - 0.5 * math.log(2 * math.pi)
+        return density.flatten(2).sum(2)
+
+    def entropy(self, like: Tensor) -> Tensor:
+        """Of the noise of all forward steps: minus the mean of their log-density, in nats."""
+        _, _, s = self.coefficients(like, 1)
+        return (s.log() + 0.5 * math.log(2 * math.pi * math.e) + torch.zeros_like(like[0])).sum()
+
     def log_ratio(self, path: Tensor) -> tuple[Tensor, Tensor]:
         r"""How much likelier forward steps are than the backward ones between the same points, in nats.
 
@@ -218,19 +235,7 @@ class TwoSidedProcess:
         Returns:
             The ratio of the first step, which has the data at one end, and that of all others: `(n,)` each.
         """
-        basis = self.scheduler.basis(path[0])
-        y = basis.to_basis(path)
-        sides = []
-        for direction in (1, -1):
-            a, c, s = self.coefficients(path[0], direction)
-            start, end = (y[:-1], y[1:]) if direction > 0 else (y[1:], y[:-1])
-            points, times = (path[:-1], self.times[:-1]) if direction > 0 else (path[1:], self.times[1:])
-            z = torch.stack([self.control(x, k, direction) for x, k in zip(points, times, strict=True)])
-            a, c, s = (x[:, None] for x in (a, c, s))
-            error = (end - a * start - c * basis.to_basis(z)) / s
-            density = -0.5 * error.square() - (s + torch.zeros_like(error)).log() - 0.5 * math.log(2 * math.pi)
-            sides.append(density.flatten(2).sum(2))
-        steps = sides[0] - sides[1]
+        steps = self.log_density(path, 1) - self.log_density(path, -1)
         return steps[0], steps[1:].sum(0)
 
     def _langevin(self, x: Tensor, k: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -98,12 +98,27 @@ GAUSSIAN_METHODS = {name: KNOWN_METHODS[name] for name in HALF_BRIDGES} | {
 }
 
 
+def trained(config: Any, method: str) -> tuple[Any, dict[str, float]]:
+    """A model by one of the methods, and the seconds of its training: all of them, and of the last kind of step."""
+    from diffusers_vsdm import BridgePipeline
+    from diffusers_vsdm.trainer import train
+    from diffusers_vsdm.trainer.bridge import train_bridge
+
+    if method.startswith("SB"):
+        bridge = train_bridge(config)
+        pipeline, seconds = bridge.pipeline, bridge.start_seconds + bridge.seconds
+        per_step = bridge.seconds / (config.bridge_steps * 2 * config.bridge_stages)
+    else:
+        result = train(config)
+        pipeline = BridgePipeline(result.pipeline.unet, result.pipeline.scheduler, result.pipeline.normalizer)
+        seconds, per_step = result.seconds, result.seconds / config.max_train_steps
+    return pipeline, {"seconds": seconds, "seconds per step": per_step}
+
+
 def run_toy(job: tuple[str, str, int]) -> dict[str, Any]:
     """Train and measure one model."""
-    from diffusers_vsdm import BridgePipeline
     from diffusers_vsdm.data import sample_toy
-    from diffusers_vsdm.trainer import train
-    from diffusers_vsdm.trainer.bridge import BridgeConfig, train_bridge
+    from diffusers_vsdm.trainer.bridge import BridgeConfig
     from diffusers_vsdm.trainer.bridge_report import evaluate_bridge
 
     problem, method, seed = job
@@ -114,16 +129,8 @@ def run_toy(job: tuple[str, str, int]) -> dict[str, Any]:
     else:
         settings |= {"dataset_name": problem, "standardize": True} | methods[method]
     config = BridgeConfig(**settings)
-    if method.startswith("SB"):
-        result = train_bridge(config)
-        pipeline, seconds = result.pipeline, result.start_seconds + result.seconds
-        per_step = result.seconds / (config.bridge_steps * 2 * config.bridge_stages)
-    else:
-        trained = train(config)
-        pipeline = BridgePipeline(trained.pipeline.unet, trained.pipeline.scheduler, trained.pipeline.normalizer)
-        seconds, per_step = trained.seconds, trained.seconds / config.max_train_steps
-    metrics, _ = evaluate_bridge(config, pipeline)
-    metrics |= {"seconds": seconds, "seconds per step": per_step}
+    pipeline, times = trained(config, method)
+    metrics = evaluate_bridge(config, pipeline)[0] | times
     if problem == "8gaussians":
         data = sample_toy(problem, LIKELIHOODS, torch.Generator().manual_seed(99))
         started = time.perf_counter()
@@ -170,10 +177,9 @@ def toys() -> list[tuple[str, str]]:
 
 def run_transport(job: tuple[str, str, int]) -> dict[str, Any]:
     """Train one model between the ends of an entropic transport, and compare its plan."""
-    from diffusers_vsdm import BridgePipeline
     from diffusers_vsdm.data import TOYS as known
-    from diffusers_vsdm.trainer import train
-    from diffusers_vsdm.trainer.bridge import BridgeConfig, train_bridge
+    from diffusers_vsdm.trainer.bridge import BridgeConfig
+    from diffusers_vsdm.trainer.bridge_report import evaluate_bridge
 
     problem, method, seed = job
     dimension, epsilon, reference_process = TRANSPORTS[problem]
@@ -186,16 +192,10 @@ def run_transport(job: tuple[str, str, int]) -> dict[str, Any]:
         return transport.sample(source(n, generator), generator)
 
     known |= {"target": target}
-    settings = {"num_likelihood_samples": 0, "num_eval_samples": 0, "seed": seed}
+    settings = {"num_likelihood_samples": 0, "num_eval_samples": LIKELIHOODS // 5, "seed": seed}
     settings |= {"dataset_name": "target", "prior_type": "standard", "prediction_type": "edm"}
     config = BridgeConfig(**(settings | reference_process(epsilon) | TRANSPORT_METHODS[method]))
-    started = time.perf_counter()
-    if method.startswith("SB"):
-        pipeline = train_bridge(config).pipeline
-    else:
-        trained = train(config).pipeline
-        pipeline = BridgePipeline(trained.unet, trained.scheduler)
-    seconds = time.perf_counter() - started
+    pipeline, times = trained(config, method)
     generator = torch.Generator().manual_seed(1000 + seed)
     rows, others = source(ROWS, generator), source(ENDS, generator)
     reference = target(REFERENCE, generator)
@@ -208,7 +208,11 @@ def run_transport(job: tuple[str, str, int]) -> dict[str, Any]:
         return unexplained_variance(transport, rows, given.reshape(ROWS, COLUMNS, dimension), over_all, reference)
 
     floor = compared(transport.sample(starts, generator))
-    metrics = compared(ends) | {f"{name} floor": value for name, value in floor.items()} | {"seconds": seconds}
+    metrics = compared(ends) | {f"{name} floor": value for name, value in floor.items()} | times
+    metrics |= evaluate_bridge(config, pipeline)[0]
+    points = reference[: LIKELIHOODS // 5]
+    likelihood = pipeline.log_likelihood(points, "exact" if dimension == 2 else "rademacher", generator)
+    metrics |= {"nll": -float(likelihood.value.mean()), "bound": float(pipeline.likelihood_bound(points).total.mean())}
     return {"name": f"{problem}, {method}", "seed": seed, "metrics": metrics, "config": config.public()}
 
 

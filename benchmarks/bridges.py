@@ -13,7 +13,7 @@
   motion of variance epsilon (VE, lambda = 0), or the Ornstein-Uhlenbeck process with 2 sinh(g_T / 2) = epsilon (VP,
   lambda = 1), whose ends have the same plan; VSDM learns lambda over it.
 - `gaussian`: from N(0, I) to a Gaussian, where the bridge is known in closed form: how far the forward network is from
-  its drift, and whether joint training finds it.
+  its drift, and whether joint training finds it, also from paths that turn, which bound the likelihood as well.
 
 Writes `benchmarks/results/bridges_*.json`, a run at a time; what is there is not done again.
 """
@@ -95,6 +95,12 @@ MEAN, COVARIANCE = (1.0, -0.5), ((2.0, 1.0), (1.0, 1.5))
 GAUSSIAN_METHODS = {name: KNOWN_METHODS[name] for name in HALF_BRIDGES} | {
     f"SB-FBSDE, joint, control energy {weight}": KNOWN_METHODS["SB-FBSDE, joint"] | {"control_energy": weight}
     for weight in (0.0, 0.1, 1.0)
+}
+TURNING = 2.0  # radians in a unit of g: turned paths end in the same Gaussian
+GAUSSIAN_METHODS |= {
+    f"SB-FBSDE, joint from turning paths, control energy {weight}": KNOWN_METHODS["SB-FBSDE, joint"]
+    | {"control_energy": weight}
+    for weight in (0.0, 1.0)
 }
 
 
@@ -226,7 +232,8 @@ def run_gaussian(job: tuple[str, str, int]) -> dict[str, Any]:
     """Train a bridge from a Gaussian to N(0, I), and compare its forward drift with that of the one in closed form."""
     from diffusers_vsdm.bridges import GaussianSchrodingerBridge
     from diffusers_vsdm.data import TOYS as known
-    from diffusers_vsdm.trainer.bridge import BridgeConfig, train_bridge
+    from diffusers_vsdm.trainer import train
+    from diffusers_vsdm.trainer.bridge import FORWARD, BridgeConfig, BridgeTrainer
 
     problem, method, seed = job
     mean, covariance = torch.tensor(MEAN, dtype=torch.float64), torch.tensor(COVARIANCE, dtype=torch.float64)
@@ -238,8 +245,11 @@ def run_gaussian(job: tuple[str, str, int]) -> dict[str, Any]:
     known |= {problem: lambda n, generator: draw(mean, covariance, n, generator)}
     settings = {"dataset_name": problem, "prior_type": "standard", "num_likelihood_samples": 0, "seed": seed}
     config = BridgeConfig(**(settings | ornstein_uhlenbeck(1) | GAUSSIAN_METHODS[method]))
-    result = train_bridge(config)
-    process = result.pipeline.process()
+    start = train(config)
+    trainer = BridgeTrainer(config, start.pipeline)
+    if "turning" in method:
+        _turn(trainer.sides[FORWARD])
+    process = trainer.train().process()
     exact = GaussianSchrodingerBridge(mean, covariance, float(process.g[-1]))
     generator, sums = torch.Generator().manual_seed(1000), torch.zeros(3, dtype=torch.float64)
     for g, k, width in zip(process.g, process.times, torch.diff(process.g), strict=False):
@@ -258,9 +268,24 @@ def run_gaussian(job: tuple[str, str, int]) -> dict[str, Any]:
         "control energy": float(own),
         "of the bridge": float(sums[1] / 2),
         "forward end": float(bures_wasserstein(end_mean, end_covariance, 0 * mean, torch.eye(2).double()).sqrt()),
-        "seconds": result.start_seconds + result.seconds,
+        "seconds": start.seconds + trainer.seconds,
     }
     return {"name": f"{problem}, {method}", "seed": seed, "metrics": metrics, "config": config.public()}
+
+
+def _turn(side: Any) -> None:
+    """Teach a forward network to turn the plane, whatever the time."""
+    network, generator = side.network, torch.Generator().manual_seed(0)
+    optimizer, turn = torch.optim.Adam(network.parameters(), 1e-3), TURNING * torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    for _ in range(1000):
+        x = 2 * torch.randn(512, 2, generator=generator)
+        k = torch.randint(network.config["num_train_timesteps"], (512,), generator=generator)
+        loss = (network(x, k).sample - x @ turn).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for shadow, parameter in zip(side.ema.shadow_params, network.parameters(), strict=True):
+        shadow.copy_(parameter.detach())
 
 
 def gaussians() -> list[tuple[str, str]]:

@@ -218,7 +218,8 @@ def run_transport(job: tuple[str, str, int]) -> dict[str, Any]:
     metrics |= evaluate_bridge(config, pipeline)[0]
     points = reference[: LIKELIHOODS // 5]
     likelihood = pipeline.log_likelihood(points, "exact" if dimension == 2 else "rademacher", generator)
-    metrics |= {"nll": -float(likelihood.value.mean()), "bound": float(pipeline.likelihood_bound(points).total.mean())}
+    bound = pipeline.likelihood_bound(points, generator=generator)
+    metrics |= {"nll": -float(likelihood.value.mean()), "bound": float(bound.total.mean())}
     return {"name": f"{problem}, {method}", "seed": seed, "metrics": metrics, "config": config.public()}
 
 

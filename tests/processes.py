@@ -44,17 +44,32 @@ def run_python(arguments, cwd=ROOT, env=None, timeout=180) -> subprocess.Complet
     return subprocess.CompletedProcess(arguments, process.exitcode, output, errors)
 
 
-def run_two(code: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
+# both are past their last exchange when either leaves; what the interpreter's end does after it is not ours
+ENDED = """
+from pathlib import Path
+from diffusers_vsdm.trainer.processes import process_state
+process_state().wait_for_everyone()
+process_state().destroy_process_group()
+Path(__file__).with_name(f"{process_state().process_index}.ended").touch()
+"""
+
+
+def run_two(code: str, folder: Path, *arguments: object) -> None:
     """Two processes of a script with this code, by torchrun on CPUs, that find the package and these tests.
 
     Unlike forks of `debug_launcher`, in which Accelerate never ends the group of processes.
+
+    Raises:
+        AssertionError: One did not come to the end; with all that both said.
     """
     script = folder / "script.py"
-    script.write_text(code)
+    script.write_text(code + ENDED)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *arguments]
-    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=180)
+    outcome = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=180)
+    ended = [(folder / f"{index}.ended").exists() for index in range(2)]
+    assert all(ended), f"{ended}\n{outcome.stdout}\n{outcome.stderr}"
 
 
 def _become(arguments: list[str], cwd: str, environment: dict[str, str], folder: str) -> None:

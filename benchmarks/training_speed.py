@@ -2,13 +2,15 @@
 
     python -m benchmarks.training_speed --script PATH/train_unconditional.py --data FOLDER
 
-The script is that of a Diffusers checkout; it needs torchvision. Both train the same network on the same images, in
-interleaved processes; the rate is that of the steps after the first few, by the times of their log entries. The peak
-of memory is taken when the script ends: a build of torch with CUDA maps in another 100 MB when the process is torn
-down. Writes `benchmarks/results/training_speed.json`.
+The script is that of a Diffusers checkout; it needs torchvision. Both train the same network on the same images, at
+the same time, on a core each, which they swap from one repeat to the next: what else slows the machine down slows
+both. The rate is that of the steps after the first few, by the times of their log entries. The peak of memory is taken
+when the script ends: a build of torch with CUDA maps in another 100 MB when the process is torn down. Writes
+`benchmarks/results/training_speed.json`.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -21,7 +23,7 @@ from typing import Any
 from .tables import RESULTS, ROOT
 
 
-STEPS, WARMUP, BATCH, RESOLUTION = 60, 10, 32, 32
+STEPS, WARMUP, BATCH, RESOLUTION = 80, 10, 32, 32
 REPEATS = 5
 SHARED = {
     "resolution": RESOLUTION,
@@ -36,10 +38,10 @@ OURS = {"max_train_steps": STEPS, "logging_steps": 10, "lr_warmup_steps": 10}
 NEUTRAL = {"baseline": "sgm", "ddpm_beta_schedule": "linear", "ddpm_num_steps": 1000, "prior_type": "conditional"}
 # in steps of training and trajectories as in the run of `benchmarks.cifar10`
 LEARNED = {"basis": "dct", "sa_stages": 1, "sa_trajectories": 32}
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "train_unconditional.py": ("theirs", {"center_crop": True, "num_epochs": 1}),
-    "train_vsdm.py, lambda = 1": ("ours", OURS | NEUTRAL),
-    "train_vsdm.py, dct, a stage in 60 steps": ("ours", OURS | LEARNED),
+THEIRS = {"center_crop": True, "num_epochs": 1}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lambda = 1": OURS | NEUTRAL,
+    f"dct, a stage in {STEPS} steps": OURS | LEARNED,
 }
 
 
@@ -59,14 +61,20 @@ def flags(settings: dict[str, Any]) -> list[str]:
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()]
 
 
-def measure(command: list[str], folder: Path) -> dict[str, float]:
-    """Run one training; images per second and peak memory."""
+def start(script: Path, settings: dict[str, Any], folder: Path, core: int) -> subprocess.Popen:
+    """One training on one core."""
+    folder.mkdir()
+    command = [script, *flags(settings), f"--output_dir={folder / 'model'}"]
+    whole = ["taskset", "-c", str(core), sys.executable, "-c", MEASURED, folder / "peak", *command]
+    with open(folder / "log.txt", "w") as log:
+        return subprocess.Popen(list(map(str, whole)), stdout=log, stderr=log)
+
+
+def measured(process: subprocess.Popen, folder: Path) -> dict[str, float]:
+    """Images per second and peak memory of a training, which is waited for."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with open(folder / "log.txt", "w") as log:
-        whole = [sys.executable, "-c", MEASURED, folder / "peak", *command, f"--output_dir={folder / 'model'}"]
-        status = subprocess.run(whole, stdout=log, stderr=log).returncode
-    if status:
+    if process.wait():
         raise RuntimeError((folder / "log.txt").read_text()[-3000:])
     times: dict[int, float] = {}
     for path in folder.rglob("events.out.tfevents*"):
@@ -86,7 +94,7 @@ def measure(command: list[str], folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Interleave the variants, in both precisions."""
+    """Each variant beside the other script, in both precisions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", required=True)
     parser.add_argument("--data", required=True)
@@ -101,28 +109,28 @@ def main() -> None:
     runs = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+        os.environ |= {"HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
         images = load_dataset(arguments.data, split="train").select(range(STEPS * BATCH))
         (folder / "data").mkdir()
         # under the one name of the column that the other script knows
         images.select_columns("img").rename_column("img", "image").to_parquet(folder / "data" / "train.parquet")
         build_model("tiny", (3, RESOLUTION, RESOLUTION), 1000).save_config(folder / "unet")
         shared = SHARED | {"model_config_name_or_path": folder / "unet"}
-        for repeat in range(REPEATS):
-            for precision in arguments.precisions:
-                base = 0.0
-                for variant, (whose, settings) in VARIANTS.items():
-                    source = {"dataset_name" if whose == "theirs" else "train_data_dir": folder / "data"}
-                    script = arguments.script if whose == "theirs" else ROOT / "training" / "train_vsdm.py"
-                    own = folder / f"{repeat}-{len(runs)}"
-                    own.mkdir()
-                    settings = shared | settings | source | {"mixed_precision": precision}
-                    metrics = measure([str(script), *flags(settings)], own)
-                    base = metrics["images_per_second"] if whose == "theirs" else base
-                    metrics["relative"] = metrics["images_per_second"] / base
-                    precise = {"no": "float32"}.get(precision, precision)
-                    runs.append({"name": f"{variant}, {precise}", "seed": repeat, "metrics": metrics})
-                    print(runs[-1], flush=True)
+        theirs = Path(arguments.script), THEIRS | {"dataset_name": folder / "data"}
+        for repeat, precision, variant in itertools.product(range(REPEATS), arguments.precisions, VARIANTS):
+            ours = ROOT / "training" / "train_vsdm.py", VARIANTS[variant] | {"train_data_dir": folder / "data"}
+            own = [folder / f"{len(runs)}-{whose}" for whose in ("theirs", "ours")]
+            common = shared | {"mixed_precision": precision}
+            pair = [
+                start(script, common | settings, own[i], (i + repeat) % 2)
+                for i, (script, settings) in enumerate((theirs, ours))
+            ]
+            base, metrics = map(measured, pair, own)
+            metrics["relative"] = metrics["images_per_second"] / base["images_per_second"]
+            precise = {"no": "float32"}.get(precision, precision)
+            for name, found in ((f"train_unconditional.py beside {variant}", base), (variant, metrics)):
+                runs.append({"name": f"{name}, {precise}", "seed": repeat, "metrics": found})
+                print(runs[-1], flush=True)
     record = {
         "command": "python -m benchmarks.training_speed",
         "versions": versions() | {"torchvision": torchvision.__version__, "python": platform.python_version()},

@@ -41,7 +41,7 @@ def outcome(config):
     """Everything that a run computes: each loss, each lambda, the weights."""
     trainer = Trainer(config)
     result = trainer.train()
-    return torch.stack(trainer.losses), result.lambdas, [p.detach() for p in result.pipeline.unet.parameters()]
+    return trainer.losses, result.lambdas, [p.detach() for p in result.pipeline.unet.parameters()]
 
 
 def assert_same(a, b):

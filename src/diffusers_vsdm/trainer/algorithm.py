@@ -184,8 +184,8 @@ class BaseTrainer(ABC):
         self.step = 0
         self.lambdas = [self.drift.lam.clone()]
         self._times: tuple[Any, Tensor] | None = None  # their probabilities, and the drift's version
-        self.losses: list[Tensor] = []
-        self.last_loss = torch.zeros(())
+        self.losses = torch.zeros(0, device=self.accelerator.device)
+        self.last_loss: Tensor | None = None
         self.seconds = self.sa_seconds = 0.0
         name = config.resume_from_checkpoint
         if name and (checkpoint := find_checkpoint(self.folder, name)) is not None:
@@ -279,6 +279,7 @@ class BaseTrainer(ABC):
             if config.checkpointing_steps and self.step % config.checkpointing_steps == 0:
                 self.save()
         bar.close()
+        self.last_loss = None
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
@@ -290,7 +291,7 @@ class BaseTrainer(ABC):
         result = TrainingResult(
             pipeline=self._pipeline(network.eval(), self.scheduler),
             lambdas=torch.stack(self.lambdas),
-            final_loss=torch.stack(self.losses).mean().item(),
+            final_loss=self.losses.mean().item(),
             seconds=self.seconds,
             sa_seconds=self.sa_seconds,
             sa_skipped=self.approximation.num_skipped,
@@ -321,7 +322,7 @@ class BaseTrainer(ABC):
         self.lr_scheduler.step()
         if self.ema is not None:
             self.ema.step(self.network.parameters())
-        self.losses = [*self.losses[1 - LOSS_WINDOW :], total]
+        self.losses = torch.cat([self.losses[1 - LOSS_WINDOW :], total[None]])
 
     def _predict(
         self, network: torch.nn.Module, x: Tensor, timesteps: Tensor | int, condition: dict[str, Tensor]
@@ -401,6 +402,7 @@ class BaseTrainer(ABC):
 
     def _averaged_network(self) -> contextlib.AbstractContextManager[torch.nn.Module]:
         """The network in evaluation, with its averaged weights and without a distributed wrapper."""
+        self.last_loss = None
         return averaged(self.network, self.ema)
 
     def _new_ema(self, decay: float) -> EMAModel | None:
@@ -409,7 +411,7 @@ class BaseTrainer(ABC):
         return EMAModel(self.network.parameters(), decay=decay, foreach=not is_sharded(self.network))
 
     def _log(self, bar: tqdm) -> None:
-        loss = torch.stack(self.losses).mean().item()
+        loss = self.losses.mean().item()
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"The loss is {loss} at step {self.step}: lower `learning_rate`, or choose another `weighting`."
@@ -459,7 +461,7 @@ class BaseTrainer(ABC):
             ]
             self.ema.load_state_dict(numbers["ema"] | {"shadow_params": shadow})
         self.lambdas = list(tensors["lambdas"])
-        self.losses = list(tensors["losses"].to(self.accelerator.device))
+        self.losses = tensors["losses"].to(self.accelerator.device)
         for name in STAGE_TENSORS:
             setattr(self.approximation, name, tensors[name])
         self.approximation.num_stages = numbers["num_stages"]
@@ -477,7 +479,7 @@ class BaseTrainer(ABC):
             tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
         if self.ema is not None:
             tensors |= {f"ema.{i}": tensor for i, tensor in enumerate(self.ema.shadow_params)}
-        tensors |= {"lambdas": torch.stack(self.lambdas), "losses": torch.stack(self.losses)}
+        tensors |= {"lambdas": torch.stack(self.lambdas), "losses": self.losses}
         tensors |= {name: getattr(self.approximation, name) for name in STAGE_TENSORS}
         return {name: gathered(tensor).contiguous() for name, tensor in tensors.items()}
 

@@ -171,6 +171,11 @@ def by_change(record: dict[str, Any]) -> dict[str, Any]:
     return {"runs": [{"name": change, "metrics": metrics} for (change, _), metrics in rows.items()]}
 
 
+def holding(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The runs in which this was measured."""
+    return lambda record: record | {"runs": [run for run in record["runs"] if key in run["metrics"]]}
+
+
 def named(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """The runs of these names alone; a list of errors becomes percentages by stage."""
 
@@ -437,6 +442,23 @@ TABLES: dict[str, tuple] = {
             "of the plan's ends": each("BW2-UVP floor", 2),
             "seconds": each("seconds", 0),
         },
+        in_order,
+    ),
+    "bridges_transport_models": (
+        "bridges_transport.json",
+        {
+            "W2, SDE": each("w2_sde", 3),
+            "W2, flow": each("w2_ode", 3),
+            "floor": each("w2_floor", 3),
+            "W2, forward end": each("w2_forward", 3),
+            "its floor": each("w2_forward_floor", 3),
+            "path energy": each("path_energy", 3),
+            "control energy": each("control_energy", 2),
+            "NLL, nats": each("nll", 3),
+            "bound": each("bound", 3),
+            "ms a step": each("seconds per step", 1, 1000),
+        },
+        holding("nll"),
         in_order,
     ),
     "forecast": (

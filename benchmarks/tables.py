@@ -198,6 +198,15 @@ TOY_COLUMNS = {
     "19 calls": each("w2_heun_19", 3),
 }
 # file, columns, and where the rows are not the record's runs what makes them
+BRIDGE_COLUMNS: Columns = {  # what `evaluate_bridge` measures
+    "W2, SDE": each("w2_sde", 3),
+    "W2, flow": each("w2_ode", 3),
+    "floor": each("w2_floor", 3),
+    "W2, forward end": each("w2_forward", 3),
+    "its floor": each("w2_forward_floor", 3),
+    "path energy": each("path_energy", 3),
+    "control energy": each("control_energy", 2),
+}
 TABLES: dict[str, tuple] = {
     "toys_table4": (
         "toys_table4.json",
@@ -407,14 +416,8 @@ TABLES: dict[str, tuple] = {
     ),
     "bridges_toys": (
         "bridges_toys.json",
-        {
-            "W2, SDE": each("w2_sde", 3),
-            "W2, flow": each("w2_ode", 3),
-            "floor": each("w2_floor", 3),
-            "W2, forward end": each("w2_forward", 3),
-            "its floor": each("w2_forward_floor", 3),
-            "path energy": each("path_energy", 3),
-            "control energy": each("control_energy", 2),
+        BRIDGE_COLUMNS
+        | {
             "NLL above the truth, nats": each("nll excess", 3),
             "bound above it": each("bound excess", 3),
             "ms a step": each("seconds per step", 1, 1000),
@@ -446,14 +449,8 @@ TABLES: dict[str, tuple] = {
     ),
     "bridges_transport_models": (
         "bridges_transport.json",
-        {
-            "W2, SDE": each("w2_sde", 3),
-            "W2, flow": each("w2_ode", 3),
-            "floor": each("w2_floor", 3),
-            "W2, forward end": each("w2_forward", 3),
-            "its floor": each("w2_forward_floor", 3),
-            "path energy": each("path_energy", 3),
-            "control energy": each("control_energy", 2),
+        BRIDGE_COLUMNS
+        | {
             "NLL, nats": each("nll", 3),
             "bound": each("bound", 3),
             "ms a step": each("seconds per step", 1, 1000),

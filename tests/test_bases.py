@@ -4,7 +4,7 @@ import scipy.fft
 import torch
 
 from diffusers_vsdm import AdaptiveDiagonalDrift, StochasticApproximation, VSDMScheduler, process
-from diffusers_vsdm.bases import channel_covariance, cosine_matrix, principal_axes
+from diffusers_vsdm.bases import cosine_matrix
 from diffusers_vsdm.solvers import SOLVERS
 
 
@@ -67,12 +67,19 @@ def test_autocast_is_for_networks(dtype):
     assert torch.equal(drawn, scheduler.prior(dtype=torch.float32).sample(noise))
 
 
-def test_principal_axes_decorrelate_the_channels():
-    mixing = torch.tensor([[2.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.5, 0.2, 0.1]])
-    data = torch.einsum("dc,nchw->ndhw", mixing, torch.randn(500, 3, 4, 6))
-    turned = (principal_axes(channel_covariance(data)).float() @ data.flatten(2)).transpose(0, 1).flatten(1).cov()
-    assert (turned - turned.diag().diag()).abs().max() < 1e-3
+def test_channels_turn_to_where_all_batches_are_uncorrelated():
+    mixing = torch.tensor([[2.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.5, 0.2, 0.1]]).double()
+    contents = torch.randn(500, *EVENT).double() + torch.randn(EVENT).double()  # a mean that varies over the image
+    data = torch.einsum("dc,nchw->ndhw", mixing, contents) + torch.tensor([3.0, -1.0, 2.0])[:, None, None]
+    data[:7, 1:] *= -1  # the first batch has axes of its own
+    drift = AdaptiveDiagonalDrift(EVENT, basis="dct")
+    drift.fit_moments(data.split(7))
+    turned = (drift.rotation @ data.flatten(2)).transpose(0, 1).flatten(1).cov()
+    assert (turned - turned.diag().diag()).abs().max() < 1e-10
     assert (turned.diag().diff() < 0).all()
+    y = drift.basis().to_basis(data)
+    torch.testing.assert_close(drift.data_mean, y.mean(0))
+    torch.testing.assert_close(drift.data_variance, y.var(0))
 
 
 def test_moments_are_fitted_in_the_basis():

@@ -116,11 +116,6 @@ def cosine_matrix(n: int) -> Tensor:
     return matrix
 
 
-def channel_covariance(data: Tensor) -> Tensor:
-    """Covariance of the channels of images `(n, C, H, W)`: `(C, C)` in float64."""
-    return torch.atleast_2d(data.double().transpose(0, 1).flatten(1).cov())
-
-
 def principal_axes(covariance: Tensor) -> Tensor:
     """Eigenvectors of a covariance `(d, d)`, widest first, as rows."""
     axes = torch.linalg.eigh(covariance).eigenvectors.flip(1).T

@@ -17,7 +17,6 @@ from .bases import (
     CosineBasis,
     IdentityBasis,
     RotatedBasis,
-    channel_covariance,
     cosine_matrix,
     principal_axes,
 )
@@ -287,7 +286,7 @@ class AdaptiveDiagonalDrift(Statistics):
         """Set the data's moments from samples of shape `(n, *event_shape)`, or from batches of them.
 
         The axes of the `dense` basis are turned to the data's principal ones, and in the `dct` basis the channels to
-        theirs in the first batch, so lambda must still be one number for all dimensions.
+        theirs, so lambda must still be one number for all dimensions.
 
         Raises:
             ValueError: The samples have another shape, are fewer than two or not finite; or lambda differs between
@@ -297,17 +296,25 @@ class AdaptiveDiagonalDrift(Statistics):
             raise ValueError(
                 "The moments turn the basis, so fit them before lambda is learned: it would change meaning."
             )
+        batches = self._checked(as_batches(data))
+        if self.config["basis"] == "identity":
+            moments = Moments(batches)
+            mean, variance = moments.pooled(self.event_shape)
+            self.data_mean.copy_(mean)
+            self.data_variance.copy_(variance)
+            return
+        # along the axes before they turn, all of whose products are known
+        self.rotation.copy_(torch.eye(len(self.rotation)))
+        moments = Moments(map(self.basis().to_basis, batches), full=True)
+        self.data_mean.copy_(moments.mean)
         if self.config["basis"] == "dense":
-            moments = Moments(self._checked(as_batches(data)), full=True)
-            self.rotation.copy_(torch.eye(len(moments.mean)))
-            self.data_mean.copy_(moments.mean)
             self.data_covariance.copy_(moments.covariance())
             self._turn(principal_axes(moments.covariance()))
             return
-        moments = Moments(self._in_basis(self._checked(as_batches(data))))
-        mean, variance = moments.pooled(self.event_shape)
-        self.data_mean.copy_(mean)
-        self.data_variance.copy_(variance)
+        turn = principal_axes(_channel_scatter(moments))
+        self.rotation.copy_(turn)
+        self.data_mean.copy_(torch.einsum("ic,c...->i...", turn, moments.mean))
+        self.data_variance.copy_(torch.einsum("ic,cd...,id->i...", turn, moments.covariance(), turn))
 
     def _checked(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """Batches in float64, of the right shape."""
@@ -317,13 +324,6 @@ class AdaptiveDiagonalDrift(Statistics):
                     f"`data` must have shape (n, {', '.join(map(str, self.event_shape))}), got {tuple(batch.shape)}."
                 )
             yield batch.detach().to("cpu", torch.float64)
-
-    def _in_basis(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Batches in the basis, whose channels the first of them turns."""
-        for i, batch in enumerate(batches):
-            if i == 0 and self.config["basis"] == "dct":
-                self.rotation.copy_(principal_axes(channel_covariance(batch)))
-            yield self.basis().to_basis(batch)
 
     def version(self) -> Hashable:
         """Something that changes whenever a tensor is changed in place, for those who keep what they computed."""
@@ -371,3 +371,9 @@ class AdaptiveDiagonalDrift(Statistics):
         if not all((b >= 0).all() for b in rates) or not all(torch.isfinite(b).all() for b in drift.buffers()):
             raise ValueError(f"The drift file {path} holds values that are not finite, or a negative lambda.")
         return drift
+
+
+def _channel_scatter(moments: Moments) -> Tensor:
+    """Products of the channels' deviations, over all pixels, from `full` moments in the cosine basis: `(C, C)`."""
+    varying = moments.mean.flatten(1)[:, 1:]  # over an image; the first frequency is the mean of its pixels
+    return moments.squares.flatten(2).sum(2) + moments.count * varying @ varying.T

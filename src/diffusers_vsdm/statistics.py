@@ -17,12 +17,13 @@ class Moments:
 
     Args:
         batches: Tensors `(n, *event_shape)`, or one such tensor; they hold two samples or more altogether.
-        full: Whether to keep all products of the deviations, for [`covariance`]; of vectors only.
+        full: Whether to keep all products along the first dimension of a sample, for [`covariance`].
 
     Attributes:
         count: Number of samples.
         mean: Shape `event_shape`.
-        squares: Sum of squared deviations from the mean, shape `event_shape`; if `full`, of their products `(d, d)`.
+        squares: Sum of squared deviations from the mean, shape `event_shape`; if `full`, of their products
+            `(d, *event_shape)`, where d is the size of the first dimension.
 
     Raises:
         ValueError: Fewer than two samples, or values that are not finite.
@@ -34,11 +35,14 @@ class Moments:
             batch = batch.detach().to("cpu", torch.float64)
             mean = batch.mean(0)
             deviations = batch - mean
-            squares = deviations.mT @ deviations if full else deviations.square_().sum(0)
+            if full:
+                squares = torch.einsum("nc...,nd...->cd...", deviations, deviations)
+            else:
+                squares = deviations.square_().sum(0)
             if not torch.isfinite(squares).all():
                 raise ValueError("The data hold NaN or infinite values: remove them.")
             delta, total = mean - self.mean, self.count + len(batch)
-            shift = torch.outer(delta, delta) if full else delta.square()
+            shift = delta[:, None] * delta if full else delta.square()
             self.mean = self.mean + delta * (len(batch) / total)
             self.squares = self.squares + squares + shift * (self.count * len(batch) / total)
             self.count = total
@@ -46,7 +50,7 @@ class Moments:
             raise ValueError(f"Two samples or more are needed, got {self.count}.")
 
     def covariance(self) -> Tensor:
-        """Unbiased covariance of vectors, `(d, d)`; for `full` moments."""
+        """Unbiased covariance along the first dimension, `(d, *event_shape)`; for `full` moments."""
         return self.squares / (self.count - 1)
 
     def pooled(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

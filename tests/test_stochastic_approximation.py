@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_vsdm import AdaptiveDiagonalDrift, StochasticApproximation, process
+from diffusers_vsdm import AdaptiveDiagonalDrift, StochasticApproximation, process, stochastic_approximation
 
 from .problems import DiagonalGaussian
 
@@ -174,6 +174,22 @@ def test_result_depends_neither_on_batches_nor_on_processes():
     whole = stage(None, 1)
     for batch_size, shares in ((5, 1), (None, 2), (3, 3)):
         torch.testing.assert_close(stage(batch_size, shares), whole, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("update", ["gradient", "ipf"])
+def test_noise_is_the_same_however_much_is_drawn_at_once(update, monkeypatch):
+    def stage(at_once):
+        monkeypatch.setattr(stochastic_approximation, "NOISE_VALUES", at_once)
+        drift = AdaptiveDiagonalDrift((4, 2, 2))
+        settings = {"zeta": 1.0, "num_trajectories": 5}
+        approximation = StochasticApproximation(drift, G, update=update, **settings)
+        data = torch.ones(1, 4, 2, 2) if update == "ipf" else None  # whose paths are simulated too
+        return approximation.update(lambda x, k: -x + 0.1 * x.square(), data=data)
+
+    whole = stage(1 << 20)
+    for at_once in (1, 40):  # of the 16 of a time
+        parts = stage(at_once)
+        assert torch.equal(parts.score_x, whole.score_x) and torch.equal(parts.lam, whole.lam)
 
 
 def test_shared_lambda_averages_over_its_dimensions():

@@ -41,8 +41,9 @@ References:
 """
 
 import functools
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +60,7 @@ UPDATES = ("gradient", "ipf")
 STEP_COUNTS = ("stages", "sign_changes")
 # what a posterior step may cover: with longer ones the simulated moments drift
 STEPS_PER_G = 13.25
+NOISE_VALUES = 1 << 14  # of a trajectory that are drawn at once: those of all steps of images are a lot of memory
 SIMULATION_PRIORS = ("standard", "conditional", "marginal")
 
 ScoreFunction = Callable[..., Tensor]  # of (x, k), see `update`
@@ -339,28 +341,28 @@ class StochasticApproximation:
         They are averaged over time, or where lambda varies those of each time; see [`_accumulate`].
         """
         device = on_x.device
-        noise = torch.stack([self._noise(index) for index in trajectories], dim=1).to(device)
+        noise = self._noise(trajectories, device)
         basis = self.drift.basis(device, torch.float32)
         mean, scale = (moment.to(device, torch.float32) for moment in self._prior_moments())
-        x = mean + scale * noise[0]
+        x = mean + scale * next(noise)
         total = torch.zeros((2, *self.drift.lam_polyak.shape), device=device)
-        for i, k in enumerate(self.timesteps):
+        for i, (k, xi) in enumerate(zip(self.timesteps, noise, strict=True)):
             score_x = basis.to_basis(score(basis.from_basis(x), k))
             self._accumulate(total[0], i, score_x, x)
             self._accumulate(total[1], i, x, x)
-            x = on_x[i] * x + on_score[i] * score_x + on_noise[i] * noise[i + 1]
+            x = on_x[i] * x + on_score[i] * score_x + on_noise[i] * xi
         return total.cpu().double()
 
     def _diffuse(self, score: ScoreFunction, trajectories: range, data: Tensor) -> Tensor:
         """E[score x] under the forward process, as in [`_simulate`]."""
         device = data.device
-        noise = torch.stack([self._noise(index, forward=True) for index in trajectories], dim=1).to(device)
+        noise = self._noise(trajectories, device, forward=True)
         basis = self.drift.basis(device, torch.float32)
         x0 = basis.to_basis(data[torch.tensor(trajectories, device=device) % len(data)].float())
         a, s = (scale.to(device, torch.float32) for scale in self.process.scales(torch.tensor(self.timesteps)))
         total = torch.zeros(self.drift.lam_polyak.shape, device=device)
-        for i, k in enumerate(self.timesteps):
-            x = a[i] * x0 + s[i] * noise[i]
+        for i, (k, xi) in enumerate(zip(self.timesteps, noise, strict=False)):
+            x = a[i] * x0 + s[i] * xi
             self._accumulate(total, i, basis.to_basis(score(basis.from_basis(x), k)), x)
         return total.cpu().double()
 
@@ -386,12 +388,19 @@ class StochasticApproximation:
             return -backward / forward
         return -torch.linalg.solve(forward, backward)
 
-    def _noise(self, trajectory: int, forward: bool = False) -> Tensor:
-        """Normal numbers of one trajectory: its start and every step, shape `(num_steps + 1, *event_shape)`."""
-        key = [self.seed, self.num_stages, trajectory, *([1] if forward else [])]
-        entropy = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(entropy) >> 1)
-        return torch.randn((len(self.timesteps) + 1, *self.drift.event_shape), generator=generator)
+    def _noise(self, trajectories: range, device: torch.device, forward: bool = False) -> Iterator[Tensor]:
+        """Normal numbers `(n, *event_shape)` of the start and of every step, of each trajectory from its own seed."""
+        generators = []
+        for trajectory in trajectories:
+            key = [self.seed, self.num_stages, trajectory, *([1] if forward else [])]
+            entropy = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+            generators.append(torch.Generator().manual_seed(int(entropy) >> 1))
+        shape, total = self.drift.event_shape, len(self.timesteps) + 1
+        at_once = max(1, NOISE_VALUES // math.prod(shape))
+        for first in range(0, total, at_once):
+            number = min(at_once, total - first)
+            drawn = [torch.randn((number, *shape), generator=generator) for generator in generators]
+            yield from torch.stack(drawn, dim=1).to(device)
 
     def _prior_moments(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the trajectories' start."""

@@ -61,11 +61,12 @@ SHORTER = {
     for name in HALF_BRIDGES
     for n in (1200, 2400, 4800)
 }
+AS_MANY = {"SB-FBSDE, joint, as many steps": METHODS["SB-FBSDE, joint"] | {"bridge_steps": HALF}}
 # as the script does without being told
 DEFAULTS = {"SB-FBSDE, matching, longer": {"objective": "matching", "beta_max": 3.0, "baseline": "sgm"}}
 # the noise is small beside the distances, and the half bridges' iterations are slow to converge
 PATIENT = {"SB-FBSDE, matching, 12 stages": METHODS["SB-FBSDE, matching"] | {"bridge_stages": 12}}
-EXTRA = {"spiral-8y": SHORTER, "8gaussians": DEFAULTS, "moons to 8gaussians, wide": PATIENT}
+EXTRA = {"spiral-8y": SHORTER, "8gaussians": DEFAULTS | AS_MANY, "moons to 8gaussians, wide": PATIENT}
 TOYS = ("8gaussians", "moons", "checkerboard", "spiral-8y")
 BETWEEN: dict[str, dict[str, Any]] = {
     "moons to 8gaussians": {"dataset_name": "8gaussians", "prior_dataset_name": "moons", "sigma_max": 1.5},
@@ -80,8 +81,8 @@ BETWEEN: dict[str, dict[str, Any]] = {
 LIKELIHOODS = 10_000
 COUNTS = ("max_train_steps", "bridge_steps")
 KNOWN_METHODS = {"SGM": {"baseline": "sgm"}, "VSDM": {"baseline": "none"}} | {
-    name: {key: value for key, value in METHODS[name].items() if key != "beta_max"}
-    for name in (*HALF_BRIDGES, "SB-FBSDE, joint")
+    name: {key: value for key, value in (METHODS | AS_MANY)[name].items() if key != "beta_max"}
+    for name in (*HALF_BRIDGES, "SB-FBSDE, joint", *AS_MANY)
 }
 TRANSPORT_METHODS = {  # of many problems, with half as many steps
     name: method | {key: value // 2 for key, value in ({"max_train_steps": STEPS} | method).items() if key in COUNTS}
@@ -224,9 +225,9 @@ def run_transport(job: tuple[str, str, int]) -> dict[str, Any]:
 
 
 def transports() -> list[tuple[str, str]]:
-    """Problems and methods; joint training at last."""
-    jobs = [(problem, method) for problem in TRANSPORTS for method in TRANSPORT_METHODS]
-    return sorted(jobs, key=lambda job: "joint" in job[1])
+    """Problems and methods, joint training at last; with as many steps as the others, which is slow, of one problem."""
+    jobs = [(problem, method) for problem in TRANSPORTS for method in TRANSPORT_METHODS if method not in AS_MANY]
+    return sorted(jobs, key=lambda job: "joint" in job[1]) + [("d = 16, epsilon 1", method) for method in AS_MANY]
 
 
 def run_gaussian(job: tuple[str, str, int]) -> dict[str, Any]:

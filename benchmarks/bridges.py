@@ -225,7 +225,7 @@ def run_transport(job: tuple[str, str, int]) -> dict[str, Any]:
 
 
 def transports() -> list[tuple[str, str]]:
-    """Problems and methods, joint training at last; with as many steps as the others, which is slow, of one problem."""
+    """Problems and methods, joint training at last; with as many steps as the others of one problem."""
     jobs = [(problem, method) for problem in TRANSPORTS for method in TRANSPORT_METHODS if method not in AS_MANY]
     return sorted(jobs, key=lambda job: "joint" in job[1]) + [("d = 16, epsilon 1", method) for method in AS_MANY]
 

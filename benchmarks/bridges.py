@@ -81,8 +81,8 @@ BETWEEN: dict[str, dict[str, Any]] = {
 LIKELIHOODS = 10_000
 COUNTS = ("max_train_steps", "bridge_steps")
 KNOWN_METHODS = {"SGM": {"baseline": "sgm"}, "VSDM": {"baseline": "none"}} | {
-    name: {key: value for key, value in (METHODS | AS_MANY)[name].items() if key != "beta_max"}
-    for name in (*HALF_BRIDGES, "SB-FBSDE, joint", *AS_MANY)
+    name: {key: value for key, value in METHODS[name].items() if key != "beta_max"}
+    for name in (*HALF_BRIDGES, "SB-FBSDE, joint")
 }
 TRANSPORT_METHODS = {  # of many problems, with half as many steps
     name: method | {key: value // 2 for key, value in ({"max_train_steps": STEPS} | method).items() if key in COUNTS}
@@ -225,9 +225,9 @@ def run_transport(job: tuple[str, str, int]) -> dict[str, Any]:
 
 
 def transports() -> list[tuple[str, str]]:
-    """Problems and methods, joint training at last; with as many steps as the others of one problem."""
-    jobs = [(problem, method) for problem in TRANSPORTS for method in TRANSPORT_METHODS if method not in AS_MANY]
-    return sorted(jobs, key=lambda job: "joint" in job[1]) + [("d = 16, epsilon 1", method) for method in AS_MANY]
+    """Problems and methods; joint training at last."""
+    jobs = [(problem, method) for problem in TRANSPORTS for method in TRANSPORT_METHODS]
+    return sorted(jobs, key=lambda job: "joint" in job[1])
 
 
 def run_gaussian(job: tuple[str, str, int]) -> dict[str, Any]:

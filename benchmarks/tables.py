@@ -171,11 +171,6 @@ def by_change(record: dict[str, Any]) -> dict[str, Any]:
     return {"runs": [{"name": change, "metrics": metrics} for (change, _), metrics in rows.items()]}
 
 
-def holding(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """The runs in which this was measured."""
-    return lambda record: record | {"runs": [run for run in record["runs"] if key in run["metrics"]]}
-
-
 def named(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """The runs of these names alone; a list of errors becomes percentages by stage."""
 
@@ -455,7 +450,6 @@ TABLES: dict[str, tuple] = {
             "bound": each("bound", 3),
             "ms a step": each("seconds per step", 1, 1000),
         },
-        holding("nll"),
         in_order,
     ),
     "forecast": (

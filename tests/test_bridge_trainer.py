@@ -74,6 +74,19 @@ def test_a_run_trains_what_it_says(start, objective):
     assert samples.shape == (4, 2)
 
 
+@pytest.mark.parametrize("objective, times", [("matching", 2), ("alternating", 4)])
+def test_paths_that_would_be_learned_by_heart_are_drawn_anew_more_often(start, monkeypatch, objective, times):
+    drawn, simulate = [], BridgeTrainer._simulate
+
+    def counted(self, direction):
+        drawn.append(direction)
+        return simulate(self, direction)
+
+    monkeypatch.setattr(BridgeTrainer, "_simulate", counted)
+    train_bridge(tiny(objective=objective, bridge_stages=1, bridge_steps=50, bridge_refresh=0), start)
+    assert len(drawn) == times
+
+
 def test_joint_training_bounds_the_entropy_of_the_data():
     """No pair of networks is below it, however few the steps of a path: an integral of Eq. 24 over them would be."""
     settings = {"dataset_name": "gaussian-centered", "standardize": False, "train_batch_size": 512}

@@ -114,9 +114,6 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor() as pool:
         runs = list(pool.map(lambda basis: run(data, basis, Path(folder)), RUNS))
-    for result in runs:
-        for name in ("train_data_dir", "output_dir"):
-            del result["config"][name]
     record = {
         "command": "python -m benchmarks.cifar10",
         "versions": versions(),

@@ -101,6 +101,17 @@ def test_moments_are_fitted_in_the_basis():
         fresh.fit_moments(data)
 
 
+@pytest.mark.parametrize("basis, event", [("identity", (3,)), ("dense", (3,)), ("dct", EVENT)])
+def test_moments_that_cannot_be_fitted_leave_the_drift_as_it_was(basis, event):
+    drift = AdaptiveDiagonalDrift(event, basis=basis)
+    good = torch.randn(50, *event) + torch.randn(50, *[1] * len(event))
+    drift.fit_moments(good)
+    before = drift.digest()
+    with pytest.raises(ValueError, match="NaN"):
+        drift.fit_moments([3 * good, good * torch.nan])
+    assert drift.digest() == before
+
+
 def test_forward_process_is_that_of_the_dense_matrix():
     """Eq. 13 and 14 with D = U diag(lambda) U^T and matrix exponentials."""
     scheduler, drift = dct_scheduler()

@@ -5,11 +5,13 @@ import os
 import random
 import resource
 import signal
+import threading
 import time
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from tqdm.auto import tqdm
 
 from diffusers_vsdm.trainer import Trainer, TrainingConfig, checkpoint
 from diffusers_vsdm.trainer.checkpoint import find_checkpoint, list_checkpoints
@@ -79,6 +81,7 @@ def _interrupt():
 
 
 def _run_and_record(folder):
+    tqdm.set_lock(threading.RLock())  # the one that forks share stays locked if its holder is killed
     torch.set_num_threads(1)
     resume = "latest" if list_checkpoints(folder) else ""
     config = tiny(

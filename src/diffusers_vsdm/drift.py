@@ -303,9 +303,10 @@ class AdaptiveDiagonalDrift(Statistics):
             self.data_mean.copy_(mean)
             self.data_variance.copy_(variance)
             return
-        # along the axes before they turn, all of whose products are known
+        # all products along axes that are not turned tell how to turn them
+        unturned = type(self)(self.event_shape, basis=self.config["basis"]).basis()
+        moments = Moments(map(unturned.to_basis, batches), full=True)
         self.rotation.copy_(torch.eye(len(self.rotation)))
-        moments = Moments(map(self.basis().to_basis, batches), full=True)
         self.data_mean.copy_(moments.mean)
         if self.config["basis"] == "dense":
             self.data_covariance.copy_(moments.covariance())

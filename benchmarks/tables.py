@@ -192,7 +192,6 @@ TOY_COLUMNS = {
     "9 calls": each("w2_heun_9", 3),
     "19 calls": each("w2_heun_19", 3),
 }
-# file, columns, and where the rows are not the record's runs what makes them
 BRIDGE_COLUMNS: Columns = {  # what `evaluate_bridge` measures
     "W2, SDE": each("w2_sde", 3),
     "W2, flow": each("w2_ode", 3),
@@ -202,6 +201,7 @@ BRIDGE_COLUMNS: Columns = {  # what `evaluate_bridge` measures
     "path energy": each("path_energy", 3),
     "control energy": each("control_energy", 2),
 }
+# file, columns, and where the rows are not the record's runs what makes them
 TABLES: dict[str, tuple] = {
     "toys_table4": (
         "toys_table4.json",

@@ -84,9 +84,9 @@ def flow_log_likelihood(
     def flow(log_g: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         nonlocal calls
         calls += 1
-        g = log_g.double().cpu().exp().clamp(table[0], table[-1])
+        g = log_g.cpu().double().exp().clamp(table[0], table[-1])
         k = training_time_at(g, table)
-        a, steps = signal(k), k.to(sample.device, torch.float32).expand(len(sample))
+        a, steps = signal(k.to(sample.dtype)), k.to(sample.device, torch.float32).expand(len(sample))
         value, trace = divergence(lambda x: score(x, steps), basis.from_basis(a * state[0]), probe)
         if not torch.isfinite(value).all():
             raise FloatingPointError(f"The score is not finite at training time {float(k):.2f}.")
@@ -96,10 +96,9 @@ def flow_log_likelihood(
     first, last = signal(0), signal(len(table) - 1)
     start = basis.to_basis(sample) / first, sample.new_zeros(len(sample))
     span = table[[0, -1]].log().to(sample)
+    options = {"max_num_steps": MOST_STEPS, "dtype": sample.dtype}  # of times too: not all devices have float64
     try:
-        path, gained = odeint(
-            flow, start, span, rtol=rtol, atol=atol, method="dopri5", options={"max_num_steps": MOST_STEPS}
-        )
+        path, gained = odeint(flow, start, span, rtol=rtol, atol=atol, method="dopri5", options=options)
     except AssertionError as error:  # torchdiffeq's word for a solver that cannot go on
         raise FloatingPointError(
             f"The solver cannot keep to its tolerances ({error}): raise `rtol` and `atol`, or use float32."

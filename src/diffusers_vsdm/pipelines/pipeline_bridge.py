@@ -131,8 +131,8 @@ class BridgePipeline(VSDMPipeline):
         x, log_volume = self._to_model_units(samples, generator)
         process = self.process(class_labels=self._class_labels(class_labels, len(x)))
         path, _ = process.run(x, 1, generator)
-        first, others = (part.double().cpu() for part in process.log_ratio(path))
-        prior = -self.scheduler.prior().log_prob(path[-1].double().cpu())
+        first, others = (part.cpu().double() for part in process.log_ratio(path))
+        prior = -self.scheduler.prior().log_prob(path[-1].cpu().double())
         self.maybe_free_model_hooks()
         return LikelihoodBound(prior_loss=prior, drift_matching=others, reconstruction=first - log_volume)
 

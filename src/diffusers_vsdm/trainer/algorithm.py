@@ -131,9 +131,8 @@ class BaseTrainer(ABC):
             self.normalizer.to(self.accelerator.device)
         self.samples: Tensor | None = None
         if config.sa_update == "ipf":  # which looks at the forward process too
-            samples = next(iter(self._moment_batches()))[: config.sa_trajectories]
-            samples = samples if self.normalizer is None else self.normalizer.normalize(samples)
-            self.samples = samples.to(self.accelerator.device)
+            samples = next(iter(self._moment_batches()))[: config.sa_trajectories].to(self.accelerator.device)
+            self.samples = samples if self.normalizer is None else self.normalizer.normalize(samples)
         self.network = self._build_network()
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
@@ -375,6 +374,13 @@ class BaseTrainer(ABC):
             self.sampler.epoch += 1
             loader = self.loader
 
+    def _summed(self, tensor: Tensor) -> Tensor:
+        """A tensor of the CPU, summed over the processes."""
+        accelerator = self.accelerator
+        if accelerator.num_processes == 1:
+            return tensor  # a device without float64 has no place for it
+        return accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu()
+
     def _stage(self) -> StageOutput:
         """Stochastic approximation: simulate with the network as it is, step lambda."""
         started = time.perf_counter()
@@ -390,7 +396,7 @@ class BaseTrainer(ABC):
                 device=accelerator.device,
                 process_index=accelerator.process_index,
                 num_processes=accelerator.num_processes,
-                reduce_sum=lambda tensor: accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu(),
+                reduce_sum=self._summed,
                 data=self.samples,
                 condition=self._stage_examples(network),
             )

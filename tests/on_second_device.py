@@ -10,8 +10,9 @@ from accelerate.state import AcceleratorState, PartialState
 from diffusers import DDPMScheduler
 
 from diffusers_vsdm import BridgePipeline, MLPModel, VSDMPipeline
+from diffusers_vsdm.data.images import DecodedImages
 from diffusers_vsdm.solvers import SOLVERS
-from diffusers_vsdm.trainer import Trainer, TrainingConfig
+from diffusers_vsdm.trainer import Trainer, TrainingConfig, loop
 from diffusers_vsdm.trainer.bridge import BridgeTrainer, train_bridge
 from diffusers_vsdm.trainer.bridge_report import write_bridge_report
 from diffusers_vsdm.trainer.forecast import ForecastTrainer
@@ -186,7 +187,10 @@ def test_training_on_vectors(tmp_path, settings):
     assert_same_run(lambda **more: Trainer(TrainingConfig(**VECTORS | settings | more)), tmp_path)
 
 
-def test_training_on_images(tmp_path, folder):  # noqa: F811
+@pytest.mark.parametrize("decoded", [False, True])
+def test_training_on_images(tmp_path, folder, decoded, monkeypatch):  # noqa: F811
+    if decoded:  # once for all, as on a GPU
+        monkeypatch.setattr(loop, "on_device", DecodedImages)
     settings = {"train_data_dir": str(folder), "basis": "dct", "random_flip": True, "validation_steps": 12}
     settings |= {"checkpointing_steps": 6, "eval_batch_size": 2, "ddpm_num_inference_steps": 5}
     assert_same_run(lambda **more: Trainer(TrainingConfig(**TINY_IMAGES | settings | more)), tmp_path)

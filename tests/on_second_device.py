@@ -102,7 +102,7 @@ def test_the_drift_stays_exact_in_half_precision_and_offloaded(dtype, offload):
             pipeline.to(device)
         for _ in range(2):  # the hooks are set anew after a call
             np.testing.assert_allclose(samples(pipeline), expected, rtol=1e-2)
-            assert pipeline.unet.device == torch.device("cpu") if offload else device
+            assert pipeline.unet.device == (torch.device("cpu") if offload else device)
         assert pipeline.unet.dtype == dtype
         assert all(map(torch.equal, drift.buffers(), before)) and drift.lam.dtype == torch.float64
 
@@ -168,6 +168,7 @@ def assert_same_run(make, tmp_path):
             if name == "there":
                 stack.enter_context(training_device())
             trainer = make(output_dir=str(tmp_path / name))
+            assert (trainer.accelerator.device.type == "cpu") == (name == "here")
             result = trainer.train()
             results.append((torch.as_tensor(trainer.losses).cpu(), getattr(result, "lambdas", torch.zeros(0))))
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)

@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 		--dataset_name spiral-8y --standardize --output_dir outputs/spiral-8y --overwrite_output_dir
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -23,7 +23,7 @@ lowest:
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet uv
 	VIRTUAL_ENV=$(VENV)-lowest $(VENV)-lowest/bin/uv pip install --resolution lowest-direct --editable ".[test]"
-	$(VENV)-lowest/bin/python -m pytest
+	$(VENV)-lowest/bin/python -m pytest -n 2 --dist worksteal
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

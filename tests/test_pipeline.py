@@ -53,6 +53,10 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def samples(pipeline, drawn=None):
+    return pipeline(3, drawn or generator(), num_inference_steps=5, output_type="np").samples
+
+
 def test_batches_with_more_samples_than_times_are_no_other():
     """The network embeds each of its times once; those that are no integers one by one."""
     network, sample = randomize(MLPModel(2, 10, 16, 2)), torch.randn(40, 2)

@@ -52,8 +52,13 @@ class TransformerEncoder(nn.Module):
 
     def forward(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """See the module."""
-        output = self.blocks(inputs_embeds=self.embed(inputs), past_key_values=state, use_cache=not self.training)
-        return output.last_hidden_state, output.past_key_values
+        from transformers import DynamicCache
+
+        if state is None and not self.training:
+            state = DynamicCache()
+        # by position, since its name is not the same in all versions; the blocks extend it in place
+        output = self.blocks(None, state, inputs_embeds=self.embed(inputs), use_cache=not self.training)
+        return output.last_hidden_state, state
 
     @staticmethod
     def repeat(state: Any, times: int) -> Any:

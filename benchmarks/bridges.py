@@ -41,10 +41,11 @@ HALF = (STEPS - START) // (2 * STAGES)
 JOINT_SCALE = 10  # simulated paths are differentiated in every step: a tenth of the steps
 BRIDGE = {"max_train_steps": START, "bridge_stages": STAGES, "bridge_steps": HALF, "beta_max": 3.0}
 METHODS: dict[str, dict[str, Any]] = {
-    "SGM, beta_max 3": {"baseline": "sgm", "beta_max": 3.0},
-    "SGM, beta_max 10": {"baseline": "sgm", "beta_max": 10.0},
-    "VSDM, beta_max 3": {"baseline": "none", "beta_max": 3.0},
-    "VSDM, beta_max 10": {"baseline": "none", "beta_max": 10.0},
+    # from the marginal prior, as such models are sampled by default
+    f"{name}, beta_max {beta_max}": {"baseline": baseline, "beta_max": float(beta_max), "prior_type": "marginal"}
+    for name, baseline in (("SGM", "sgm"), ("VSDM", "none"))
+    for beta_max in (3, 10)
+} | {
     "SB-FBSDE, matching": BRIDGE | {"objective": "matching"},
     "SB-FBSDE, alternating": BRIDGE | {"objective": "alternating"},
     "SB-FBSDE, joint": BRIDGE | {"objective": "joint", "bridge_steps": HALF // JOINT_SCALE, "bridge_num_steps": 20},

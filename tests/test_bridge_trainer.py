@@ -65,7 +65,8 @@ def test_the_forward_network_finds_the_way_to_the_prior(objective):
 @pytest.mark.parametrize("objective", bridge.OBJECTIVES)
 def test_a_run_trains_what_it_says(start, objective):
     before = {name: t.clone() for name, t in start.unet.state_dict().items()}
-    result = train_bridge(tiny(objective=objective, control_energy=0.1, bridge_stages=1, bridge_num_steps=5), start)
+    energy = 0.1 if objective == "joint" else 0.0
+    result = train_bridge(tiny(objective=objective, control_energy=energy, bridge_stages=1, bridge_num_steps=5), start)
     assert all(torch.equal(t, before[name]) for name, t in start.unet.state_dict().items())  # the start stays
     assert any(not torch.equal(t, before[name]) for name, t in result.pipeline.unet.state_dict().items())
     assert any(t.abs().sum() > 0 for t in result.pipeline.forward_unet.readout.state_dict().values())
@@ -166,6 +167,31 @@ def test_paths_that_blow_up_keep_the_last_checkpoint(start, tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path / "bridge")] == ["checkpoint-1"]
 
 
+def test_paths_that_blow_up_and_stay_finite_are_told_and_a_lower_rate_goes_on(start, tmp_path):
+    config = tiny(output_dir=str(tmp_path), checkpointing_steps=1, bridge_stages=1)
+
+    def trainer(**settings):
+        own = bridge.VSDMPipeline(bridge.copy.deepcopy(start.unet), start.scheduler)
+        return BridgeTrainer(dataclasses.replace(config, **settings), own)
+
+    spoilt = trainer()
+    half_bridge = spoilt._half_bridge
+
+    def spoils(direction):
+        if spoilt.half == 1:
+            with torch.no_grad():
+                spoilt.sides[bridge.FORWARD].ema.shadow_params[-1].fill_(1e4)
+        return half_bridge(direction)
+
+    spoilt._half_bridge = spoils
+    with pytest.raises(FloatingPointError, match="Stage 1, backward.*as far as.*checkpoint-1"):
+        spoilt.train()
+    resumed = trainer(resume_from_checkpoint="latest", bridge_learning_rate=1e-4)
+    assert resumed.half == 1
+    resumed.train()
+    assert len(resumed.losses) == 2
+
+
 def _one_of_two(folder):
     """A run of each objective, then one whose paths are not finite in the second process alone."""
     torch.set_num_threads(1)
@@ -223,9 +249,10 @@ def pictures(tmp_path):
     return settings | {"max_train_steps": 2, "bridge_num_steps": 3}
 
 
-def test_images_with_attention(pictures):
-    """The divergence of a network with attention is differentiated twice, along random directions."""
-    result = train_bridge(tiny(**pictures))
+@pytest.mark.parametrize("objective", bridge.OBJECTIVES)
+def test_images_with_attention(pictures, objective):
+    """`alternating` differentiates the divergence of a network with attention, along random directions."""
+    result = train_bridge(tiny(**pictures, objective=objective))
     images = result.pipeline(2, num_inference_steps=3, output_type="np").images
     assert images.shape == (2, 16, 16, 3)
 
@@ -321,6 +348,10 @@ def test_between_two_data_sets():
     [
         ({"bridge_stages": 0}, "bridge_stages"),
         ({"control_energy": -1.0}, "control_energy"),
+        ({"control_energy": 1.0}, "control_energy"),
+        ({"bridge_ema_decay": 2.0}, "bridge_ema_decay"),
+        ({"bridge_num_steps": -1}, "bridge_num_steps"),
+        ({"bridge_num_steps": 200}, "bridge_num_steps.*training times"),
         ({"bridge_corrector_steps": -1}, "bridge_corrector_steps"),
         ({"bridge_corrector_steps": 1, "objective": "matching"}, "bridge_corrector_steps"),
         ({"bridge_corrector_steps": 1, "objective": "joint"}, "bridge_corrector_steps"),

@@ -197,8 +197,10 @@ def test_a_new_run_is_not_crowded_out_by_the_checkpoints_of_another(tmp_path):
     with pytest.raises(FileExistsError, match="overwrite"):
         config.prepare_output_dir()
     dataclasses.replace(config, resume_from_checkpoint="latest").prepare_output_dir()
-    assert len(list_checkpoints(tmp_path)) == 2
-    dataclasses.replace(config, overwrite_output_dir=True).prepare_output_dir()
+    with pytest.raises(ValueError, match="less than a batch"):
+        Trainer(dataclasses.replace(config, overwrite_output_dir=True, num_train_samples=10))
+    assert len(list_checkpoints(tmp_path)) == 2  # a run that cannot begin replaces none
+    Trainer(dataclasses.replace(config, overwrite_output_dir=True, checkpointing_steps=0)).train()
     assert not list_checkpoints(tmp_path)
 
 

@@ -165,7 +165,7 @@ def test_captions_beside_the_pictures_are_left_alone(folder):
 
 
 def test_bad_requests(folder, tmp_path):
-    with pytest.raises(ValueError, match="`image_column` pixels.*'image'"):
+    with pytest.raises(ValueError, match="`image_column` 'pixels' is not among.*'image'"):
         load_images(str(folder), "pixels")
     with pytest.raises(ValueError, match="could not be loaded"):
         load_images(str(tmp_path / "nowhere" / "at" / "all"))

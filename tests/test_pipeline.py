@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
 import diffusers_vsdm
-from diffusers_vsdm import AdaptiveDiagonalDrift, DataNormalizer, MLPModel, VSDMPipeline, VSDMScheduler
+from diffusers_vsdm import AdaptiveDiagonalDrift, BridgePipeline, DataNormalizer, MLPModel, VSDMPipeline, VSDMScheduler
 
 
 def randomize(model):
@@ -286,3 +286,48 @@ def test_a_moved_table_is_reported(monkeypatch):
     monkeypatch.delattr(tables, "LOADABLE_CLASSES")
     with pytest.raises(ImportError, match="moved the tables"):
         registration.register(diffusers_vsdm, ("VSDMScheduler",), ())
+
+
+def test_a_scheduler_that_does_not_fit_is_refused_when_it_is_assigned():
+    pipeline = vectors()
+    kept = pipeline.scheduler
+    with pytest.raises(ValueError, match="DDIMScheduler.*drift"):
+        pipeline.scheduler = DDIMScheduler.from_config(kept.config)
+    assert pipeline.scheduler is kept
+    plain = images()
+    plain.scheduler = DDIMScheduler()  # which fits a process without a drift
+    assert plain(1, num_inference_steps=2).images
+    bridge = BridgePipeline(pipeline.unet, kept, pipeline.normalizer)
+    with pytest.raises(ValueError, match="must be a VSDMScheduler"):
+        bridge.scheduler = DDIMScheduler()
+
+
+def test_arrays_will_do_for_tensors():
+    pipeline = vectors()
+    drawn = pipeline(3, generator(), num_inference_steps=5).samples
+    assert isinstance(drawn, np.ndarray)
+    for measure in (lambda x: pipeline.log_likelihood(x).value, lambda x: pipeline.likelihood_bound(x, 2).total):
+        assert measure(drawn).shape == (3,)
+    torch.testing.assert_close(
+        pipeline.log_likelihood(drawn).value, pipeline.log_likelihood(torch.from_numpy(drawn)).value
+    )
+    noise = pipeline.scheduler.sample_prior((3, 2), generator())
+    settings = {"num_inference_steps": 5}
+    same = (pipeline(3, latents=latents, **settings).samples for latents in (noise, noise.numpy()))
+    np.testing.assert_array_equal(*same)
+    bridge = BridgePipeline(pipeline.unet, pipeline.scheduler, pipeline.normalizer)
+    assert bridge.encode(drawn)[0].shape == (3, 2)
+
+
+def test_inference_mode_leaves_nothing_that_training_cannot_use():
+    pipeline = vectors()
+    x = torch.randn(4, 2, generator=generator())
+    with torch.inference_mode():
+        pipeline(2, num_inference_steps=3)
+        inside = pipeline.log_likelihood(x.clone()).value
+        pipeline.scheduler.get_score(x, torch.tensor([3, 5, 7, 9]), x)
+    torch.testing.assert_close(inside, pipeline.log_likelihood(x).value)
+    k = torch.tensor([3, 5, 7, 9])
+    noisy = pipeline.scheduler.add_noise(x, torch.randn_like(x), k)
+    pipeline.scheduler.get_score(pipeline.unet(noisy, k).sample, k, noisy).square().sum().backward()
+    assert all(p.grad is not None for p in pipeline.unet.parameters())

@@ -1,9 +1,10 @@
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_vsdm import AdaptiveDiagonalDrift
+from diffusers_vsdm import AdaptiveDiagonalDrift, DataNormalizer, VSDMScheduler
 from diffusers_vsdm.statistics import Moments
 
 
@@ -31,3 +32,14 @@ def test_a_drift_takes_batches_too():
     turned.fit_moments(data.split(7))
     # any rotation conserves what all coordinates vary together
     torch.testing.assert_close(turned.data_variance.sum(), whole.data_variance.sum())
+
+
+def test_what_is_no_batch_is_refused():
+    data = torch.randn(20, 3)
+    torch.testing.assert_close(DataNormalizer.from_data(data.numpy()).mean, DataNormalizer.from_data(data).mean)
+    with pytest.raises(ValueError, match="`torch.stack`"):
+        DataNormalizer.from_data(list(data))
+    with pytest.raises(TypeError, match="a batch that is a tuple"):
+        DataNormalizer.from_data([(data, torch.zeros(20))])
+    with pytest.raises(ValueError, match="empty"):
+        VSDMScheduler().fit_moments([])

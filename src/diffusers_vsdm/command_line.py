@@ -66,7 +66,7 @@ def train(
     with told(ValueError, OSError, ImportError):
         config, repo_id = parse(config_class, description)
         trainer = trainer_class(config)
-    with told(DamagedImageError):
+    with told(DamagedImageError, FloatingPointError, OSError):
         result = trainer.train()
     process_state().destroy_process_group()
     if process_state().is_main_process:

@@ -73,8 +73,6 @@ def flow_log_likelihood(
     except ImportError as error:
         raise ImportError("Likelihoods need torchdiffeq: pip install diffusers-vsdm[likelihood]") from error
     table = scheduler.integrated_beta
-    if not torch.isfinite(table[-1]):
-        raise ValueError("The process has no signal at its last training time, and so no likelihood of its flow.")
     probe, basis, calls = draw_probe(sample, kind, generator), scheduler.basis(sample), 0
 
     def signal(k: Tensor | int) -> Tensor:
@@ -94,6 +92,11 @@ def flow_log_likelihood(
         return half * basis.to_basis(value) / a, half * trace
 
     first, last = signal(0), signal(len(table) - 1)
+    if not (last > torch.finfo(last.dtype).tiny).all():
+        raise ValueError(
+            "The process has no signal left at its last training time (zero terminal SNR, or lambda * g too large for"
+            f" {last.dtype}), and so no likelihood of its flow."
+        )
     start = basis.to_basis(sample) / first, sample.new_zeros(len(sample))
     span = table[[0, -1]].log().to(sample)
     options = {"max_num_steps": MOST_STEPS, "dtype": sample.dtype}  # of times too: not all devices have float64

@@ -126,7 +126,7 @@ def piecewise_scales(lam: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     for rate, step in zip(lam, steps, strict=True):
         s2 = mean_scale(rate, step) ** 2 * s2 + variance(rate, step)
         rows.append(s2)
-    return torch.cumsum(mean_scale(lam, steps).log(), 0), torch.stack(rows)
+    return torch.cumsum(torch.where(lam == 0, 0.0, -0.5 * lam * steps), 0), torch.stack(rows)
 
 
 def at_unit_rate(log_a: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:

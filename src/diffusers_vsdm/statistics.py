@@ -4,9 +4,10 @@ References:
     Chan, Golub, LeVeque (1983), "Algorithms for Computing the Sample Variance", The American Statistician.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
+import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor
@@ -16,7 +17,8 @@ class Moments:
     """Mean and variance of samples that come in batches, in float64 and without cancellation (Chan et al. 1983).
 
     Args:
-        batches: Tensors `(n, *event_shape)`, or one such tensor; they hold two samples or more altogether.
+        batches: Tensors `(n, *event_shape)`, or one such tensor; they hold two samples or more altogether. Arrays will
+            do.
         full: Whether to keep all products along the first dimension of a sample, for [`covariance`].
 
     Attributes:
@@ -27,6 +29,7 @@ class Moments:
 
     Raises:
         ValueError: Fewer than two samples, or values that are not finite.
+        TypeError: A batch is no tensor.
     """
 
     def __init__(self, batches: Tensor | Iterable[Tensor], full: bool = False):
@@ -62,9 +65,25 @@ class Moments:
         return mean, squares / (self.count * (self.mean.numel() // mean.numel()) - 1)
 
 
-def as_batches(data: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
-    """A tensor is one batch."""
-    return (data,) if isinstance(data, Tensor) else data
+def as_batches(data: Tensor | np.ndarray | Iterable[Tensor | np.ndarray]) -> Iterator[Tensor]:
+    """Tensors `(n, *event_shape)` of what is one, an array, or several of these.
+
+    Raises:
+        TypeError: One of several is something else.
+        ValueError: A batch has no first dimension of samples.
+    """
+    for batch in (data,) if isinstance(data, (Tensor, np.ndarray)) else data:
+        if not isinstance(batch, (Tensor, np.ndarray)):
+            raise TypeError(
+                f"`data` must be a tensor (n, *event_shape) or batches of such, got a batch that is a"
+                f" {type(batch).__name__}: pass the tensor alone."
+            )
+        if batch.ndim < 2:
+            raise ValueError(
+                f"`data` must be a tensor (n, *event_shape) or batches of such, got a batch of shape"
+                f" {tuple(batch.shape)}: make one tensor of single samples by `torch.stack`."
+            )
+        yield torch.as_tensor(batch)
 
 
 class ExactBuffers:

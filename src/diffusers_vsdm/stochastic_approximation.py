@@ -106,9 +106,10 @@ class StochasticApproximation:
             the minimiser, see above.
         prior (`str`, defaults to `"standard"`): Law of the trajectories' start: `"standard"` N(0, I), `"conditional"`
             $N(0, s_T^2)$ or `"marginal"` $N(a_T m, a_T^2 v + s_T^2)$. Only the first restrains $\lambda$ at zeta < 1.
+        prior_variance (`float`, *optional*): Variance of the standard prior, to which $\lambda$ carries the data.
+            Defaults to that of the reference: 1, or $g_T$ where it is variance-exploding.
         variance_exploding (`bool`, defaults to `False`): Whether the reference, the process at $A = 0$, is the
-            variance-exploding one, $\lambda = -2A$, and not that of $\lambda = 1 - 2A$. The standard prior is then
-            $N(0, g_T I)$, the reference's own.
+            variance-exploding one, $\lambda = -2A$, and not that of $\lambda = 1 - 2A$.
         num_trajectories (`int`, defaults to 512): Trajectories in a stage.
         num_steps (`int`, *optional*): Steps of a trajectory, at most N; evenly spaced training times. Defaults to
             about 13 for each unit of $g_T$ (50 for the power law up to beta_max 10, 99 for 20), or N where the
@@ -138,6 +139,7 @@ class StochasticApproximation:
         zeta_placement: str = "divergence",
         update: str = "gradient",
         prior: str = "standard",
+        prior_variance: float | None = None,
         variance_exploding: bool = False,
         num_trajectories: int = 512,
         num_steps: int | None = None,
@@ -168,6 +170,7 @@ class StochasticApproximation:
             ),
             "zeta_placement": (zeta_placement, zeta_placement in GRADIENTS, f"one of {GRADIENTS}"),
             "prior": (prior, prior in SIMULATION_PRIORS, f"one of {SIMULATION_PRIORS}"),
+            "prior_variance": (prior_variance, prior_variance is None or prior_variance > 0, "positive"),
             "num_trajectories": (num_trajectories, num_trajectories >= 1, "at least 1"),
             "num_steps": (num_steps, (len(g) if self.process.varies else 1) <= num_steps <= len(g), steps_remedy),
             "batch_size": (batch_size, batch_size is None or batch_size >= 1, "at least 1"),
@@ -185,6 +188,7 @@ class StochasticApproximation:
         self.zeta_placement = zeta_placement
         self.update_rule = update
         self.prior = prior
+        self.prior_variance = prior_variance or (float(g[-1]) if variance_exploding else 1.0)
         self.variance_exploding = variance_exploding
         self.num_trajectories = num_trajectories
         self.batch_size = batch_size or num_trajectories
@@ -347,7 +351,7 @@ class StochasticApproximation:
         x = mean + scale * next(noise)
         total = torch.zeros((2, *self.drift.lam_polyak.shape), device=device)
         for i, (k, xi) in enumerate(zip(self.timesteps, noise, strict=True)):
-            score_x = basis.to_basis(score(basis.from_basis(x), k))
+            score_x = basis.to_basis(_checked(score(basis.from_basis(x), k), x))
             self._accumulate(total[0], i, score_x, x)
             self._accumulate(total[1], i, x, x)
             x = on_x[i] * x + on_score[i] * score_x + on_noise[i] * xi
@@ -363,7 +367,7 @@ class StochasticApproximation:
         total = torch.zeros(self.drift.lam_polyak.shape, device=device)
         for i, (k, xi) in enumerate(zip(self.timesteps, noise, strict=False)):
             x = a[i] * x0 + s[i] * xi
-            self._accumulate(total, i, basis.to_basis(score(basis.from_basis(x), k)), x)
+            self._accumulate(total, i, basis.to_basis(_checked(score(basis.from_basis(x), k), x)), x)
         return total.cpu().double()
 
     def _accumulate(self, total: Tensor, i: int, left: Tensor, right: Tensor) -> None:
@@ -406,8 +410,16 @@ class StochasticApproximation:
         """Mean and standard deviation of the trajectories' start."""
         zero, one = torch.zeros_like(self.drift.data_mean), torch.ones_like(self.drift.data_mean)
         if self.prior == "standard":
-            return zero, one * self.process.table[-1].sqrt() if self.variance_exploding else one
+            return zero, one * self.prior_variance**0.5
         data = (self.drift.data_mean, self.drift.data_variance) if self.prior == "marginal" else (zero, zero)
         g, scale = (value[0] for value in self.process.at(torch.tensor(self.timesteps[:1])))
         mean, variance = process.marginal_moments(self.process.lam, g, *data)
         return (scale * mean).expand_as(one), (scale * variance.sqrt()).expand_as(one)
+
+
+def _checked(score: Tensor, x: Tensor) -> Tensor:
+    """What `score` returned, if it has the shape of a score of `x`."""
+    if not isinstance(score, Tensor) or score.shape != x.shape:
+        found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+        raise ValueError(f"`score` must return a tensor of the samples' shape {tuple(x.shape)}, got {found}.")
+    return score

@@ -73,7 +73,7 @@ class ImageDataset(Dataset):
         """
         try:
             array = self._array(self.rows[index][self.column])
-        except (OSError, SyntaxError) as error:  # what PIL raises for files that are cut short
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's, of damaged files
             raise DamagedImageError(f"{self._name(index)} is damaged ({error}): remove it.") from error
         except _Mismatch as error:
             raise DamagedImageError(f"{self._name(index)} {error}") from error
@@ -99,6 +99,8 @@ class ImageDataset(Dataset):
 
     def _array(self, image: Any) -> np.ndarray:
         """8-bit array `(C, H, W)` of a column's entry."""
+        if image is None:
+            raise _Mismatch("is missing: take its row out.")
         if not isinstance(image, Image.Image):
             array = np.asarray(image)
             array = array[:, :, None] if array.ndim == 2 else array
@@ -199,9 +201,9 @@ def load_images(
         rows = _load_rows(name_or_folder, config_name, split, cache_dir)
     known = [c for c in rows.column_names if c in ((column,) if column else IMAGE_COLUMNS)]
     if not known:
+        wanted = f"{column!r} is not" if column else "is not given, and none of the usual ones is"
         raise ValueError(
-            f"`image_column` {column or 'is not given and none'} is among the columns of {name_or_folder!r}:"
-            f" {rows.column_names}. Name one of them."
+            f"`image_column` {wanted} among the columns of {name_or_folder!r}: {rows.column_names}. Name one of them."
         )
     labels, num_classes = (None, None) if label_column is None else _read_labels(rows, label_column, name_or_folder)
     if max_samples is not None:
@@ -223,7 +225,7 @@ def _load_rows(name_or_folder: str, config_name: str | None, split: str, cache_d
         return load_dataset(
             **(builder or {"path": name_or_folder}), name=config_name, split=split, cache_dir=cache_dir
         )
-    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError) as error:
+    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"The data set {name_or_folder!r} could not be loaded ({error}): give a name on the Hub, or a folder of"
             " images or parquet files that exists."

@@ -3,8 +3,9 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import ModelMixin, UNet2DModel
+from diffusers import ModelMixin, SchedulerMixin, UNet2DModel
 from torch import Tensor
 
 from ..bridges.two_sided import TwoSidedProcess
@@ -48,14 +49,17 @@ class BridgePipeline(VSDMPipeline):
         prior: str = "gaussian",
     ):
         super().__init__(unet, scheduler, normalizer)
-        if not isinstance(scheduler, VSDMScheduler):
-            raise ValueError(f"`scheduler` must be a VSDMScheduler, got {type(scheduler).__name__}.")
         if prior not in ("gaussian", "data"):
             raise ValueError(f"`prior` must be 'gaussian' or 'data', got {prior!r}.")
         if forward_unet is not None:
             self._align(forward_unet)
         self.register_modules(forward_unet=forward_unet)
         self.register_to_config(prior=prior)
+
+    def _check_scheduler(self, scheduler: SchedulerMixin) -> None:
+        super()._check_scheduler(scheduler)
+        if not isinstance(scheduler, VSDMScheduler):
+            raise ValueError(f"`scheduler` must be a VSDMScheduler, got {type(scheduler).__name__}.")
 
     @property
     def networks_per_evaluation(self) -> int:
@@ -86,12 +90,12 @@ class BridgePipeline(VSDMPipeline):
 
     @torch.no_grad()
     def encode(
-        self, samples: Tensor, num_steps: int | None = None, generator: torch.Generator | None = None
+        self, samples: Tensor | np.ndarray, num_steps: int | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """Carry data to the prior by the forward SDE.
 
         Args:
-            samples (`Tensor`): `(batch_size, *event_shape)`: vectors in data units, or images in [0, 1].
+            samples (`Tensor` or array): `(batch_size, *event_shape)`: vectors in data units, or images in [0, 1].
             num_steps (`int`, *optional*): Steps; by default all training times.
             generator (`torch.Generator`, *optional*): Of the noise.
 
@@ -104,7 +108,7 @@ class BridgePipeline(VSDMPipeline):
         self.maybe_free_model_hooks()
         return path[-1], self._to_data_units(path)
 
-    def log_likelihood(self, samples: Tensor, *args: Any, **kwargs: Any) -> LogLikelihood:
+    def log_likelihood(self, samples: Tensor | np.ndarray, *args: Any, **kwargs: Any) -> LogLikelihood:
         """As [`VSDMPipeline.log_likelihood`], of the probability flow of both networks."""
         self._check_prior()
         return super().log_likelihood(samples, *args, **kwargs)
@@ -112,7 +116,7 @@ class BridgePipeline(VSDMPipeline):
     @torch.no_grad()
     def likelihood_bound(
         self,
-        samples: Tensor,
+        samples: Tensor | np.ndarray,
         num_times: int = 8,
         generator: torch.Generator | None = None,
         class_labels: list[int] | Tensor | int | None = None,

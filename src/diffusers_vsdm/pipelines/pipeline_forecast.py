@@ -141,14 +141,18 @@ class VSDMForecastPipeline(DiffusionPipeline):
 
     def __init__(self, model: ForecastModel, scheduler: VSDMScheduler, normalizer: DataNormalizer | None = None):
         super().__init__()
-        if not isinstance(scheduler, VSDMScheduler):
-            raise ValueError(
-                f"`scheduler` must be a VSDMScheduler, got {type(scheduler).__name__}: use"
-                " `VSDMScheduler.from_config(scheduler.config)`."
-            )
         VSDMPipeline._align(model)
         model.eval()  # or else dropout would be part of the forecast
         self.register_modules(model=model, scheduler=scheduler, normalizer=normalizer)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in Diffusers; another scheduler is refused, whenever it comes."""
+        if name == "scheduler" and not isinstance(value, VSDMScheduler):
+            raise ValueError(
+                f"`scheduler` must be a VSDMScheduler, got {type(value).__name__}: use"
+                " `VSDMScheduler.from_config(scheduler.config)`."
+            )
+        super().__setattr__(name, value)
 
     @torch.no_grad()
     def __call__(

@@ -74,6 +74,18 @@ class VSDMPipeline(DiffusionPipeline):
         normalizer: DataNormalizer | None = None,
     ):
         super().__init__()
+        self._align(unet)
+        self.register_modules(unet=unet, scheduler=scheduler, normalizer=normalizer)
+        self._num_timesteps = 0
+        self._guidance_scale = 1.0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in Diffusers; a scheduler that cannot go with the network is refused, whenever it comes."""
+        if name == "scheduler" and value is not None:
+            self._check_scheduler(value)
+        super().__setattr__(name, value)
+
+    def _check_scheduler(self, scheduler: SchedulerMixin) -> None:
         for key, what in {"drift_sha256": "a drift", "trained_sigmas": "a table of sigmas"}.items():
             if not isinstance(scheduler, VSDMScheduler) and scheduler.config.get(key) is not None:
                 raise ValueError(
@@ -81,10 +93,6 @@ class VSDMPipeline(DiffusionPipeline):
                     " that class cannot use: the network and its noise levels would not match. Use"
                     " `VSDMScheduler.from_config(pipe.scheduler.config, solver=...)`."
                 )
-        self._align(unet)
-        self.register_modules(unet=unet, scheduler=scheduler, normalizer=normalizer)
-        self._num_timesteps = 0
-        self._guidance_scale = 1.0
 
     @staticmethod
     def _align(network: ModelMixin) -> None:
@@ -140,7 +148,7 @@ class VSDMPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
-        latents: Tensor | None = None,
+        latents: Tensor | np.ndarray | None = None,
         output_type: str | None = None,
         return_dict: bool = True,
         return_trajectory: bool = False,
@@ -157,7 +165,7 @@ class VSDMPipeline(DiffusionPipeline):
             num_inference_steps (`int`, *optional*): Steps of the solver. Defaults to 50, or all training times if
                 there are fewer.
             timesteps (`list[int]`, *optional*): The training steps to visit, falling, instead of a number.
-            latents (`torch.Tensor`, *optional*): The first sample `(batch_size, *event_shape)`, in the model's units,
+            latents (`Tensor` or array, *optional*): The first sample `(batch_size, *event_shape)`, in the model's units,
                 instead of a draw from the prior.
             output_type (`str`, *optional*): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the last sample in the model's
                 units. Defaults to `"pil"` for images of 1 or 3 channels and `"np"` for all else.
@@ -219,44 +227,45 @@ class VSDMPipeline(DiffusionPipeline):
                 num_inference_steps = default_num_steps(self.scheduler)
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         if latents is None:
-            latents = self._first_sample(shape, generator, device)
+            x = self._first_sample(shape, generator, device)
         else:
-            latents = latents.to(device, self.unet.dtype)
+            x = torch.as_tensor(latents).to(device, self.unet.dtype)
             _ = self.scheduler.init_noise_sigma  # the prior was the caller's choice
 
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if takes_generator else {}
-        condition = class_condition(self.unet, latents, labels)
-        without = class_condition(self.unet, latents)
+        condition = class_condition(self.unet, x, labels)
+        without = class_condition(self.unet, x)
         both = {name: torch.cat([without[name], condition[name]]) for name in condition}
-        trajectory = [latents] if return_trajectory else []
+        trajectory = [x] if return_trajectory else []
         calls = self.scheduler.timesteps
         self._num_timesteps = len(calls)
         for index, timestep in enumerate(self.progress_bar(calls)):
             if self.do_classifier_free_guidance and labels is not None:
-                without_class, of_class = self._network_output(torch.cat([latents] * 2), timestep, both).chunk(2)
+                without_class, of_class = self._network_output(torch.cat([x] * 2), timestep, both).chunk(2)
                 # whatever the network predicts, it is affine in eps, and so this guides eps
                 output = without_class + self.guidance_scale * (of_class - without_class)
             else:
-                output = self._network_output(latents, timestep, condition)
-            latents = self.scheduler.step(output, timestep, latents, **step_kwargs, return_dict=False)[0]
+                output = self._network_output(x, timestep, condition)
+            x = self.scheduler.step(output, timestep, x, **step_kwargs, return_dict=False)[0]
             if callback_on_step_end is not None:
-                tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
-                latents = (callback_on_step_end(self, index, timestep, tensors) or {}).get("latents", latents)
+                tensors = {"latents": x} if callback_on_step_end_tensor_inputs else {}
+                x = (callback_on_step_end(self, index, timestep, tensors) or {}).get("latents", x)
             # only whole steps are points of the path
             if return_trajectory and ((index + 1) % self.scheduler.order == 0 or index + 1 == len(calls)):
-                trajectory.append(latents)
+                trajectory.append(x)
 
         path = self._to_data_units(torch.stack(trajectory)) if return_trajectory else None
-        samples = latents if output_type == "latent" else self._as_output(latents, output_type)
+        samples = x if output_type == "latent" else self._as_output(x, output_type)
         self.maybe_free_model_hooks()
         if return_dict:
             return VSDMPipelineOutput(samples=samples, trajectory=path)
         return (samples, path) if return_trajectory else (samples,)
 
+    @torch.inference_mode(False)  # a divergence is a derivative
     def log_likelihood(
         self,
-        samples: Tensor,
+        samples: Tensor | np.ndarray,
         divergence: str | None = None,
         generator: torch.Generator | None = None,
         rtol: float = 1e-5,
@@ -266,8 +275,8 @@ class VSDMPipeline(DiffusionPipeline):
         r"""Log-likelihood of data under the probability flow, the model that the ODE solvers sample from.
 
         Args:
-            samples (`Tensor`): `(batch_size, *event_shape)`: vectors in data units, images in [0, 1], or images of
-                whole numbers 0 to 255 (`torch.uint8`), which are dequantised.
+            samples (`Tensor` or array): `(batch_size, *event_shape)`: vectors in data units, images in [0, 1], or
+                images of whole numbers 0 to 255 (`torch.uint8`), which are dequantised.
             divergence (`str`, *optional*): `"exact"`, or an estimate without bias by random directions,
                 `"rademacher"` or `"gaussian"`. Defaults to the exact one in up to 256 dimensions, then `"rademacher"`.
             generator (`torch.Generator`, *optional*): Of dequantisation and direction.
@@ -293,7 +302,7 @@ class VSDMPipeline(DiffusionPipeline):
 
     def likelihood_bound(
         self,
-        samples: Tensor,
+        samples: Tensor | np.ndarray,
         num_times: int = 8,
         generator: torch.Generator | None = None,
         class_labels: list[int] | Tensor | int | None = None,
@@ -301,7 +310,7 @@ class VSDMPipeline(DiffusionPipeline):
         r"""An upper bound of the negative log-likelihood under the SDE, another model than that of the ODE.
 
         Args:
-            samples (`Tensor`): As in [`log_likelihood`].
+            samples (`Tensor` or array): As in [`log_likelihood`].
             num_times (`int`, defaults to 8): Network calls for each sample.
             generator (`torch.Generator`, *optional*): Of dequantisation, times and noise.
             class_labels (`list[int]`, `Tensor` or `int`, *optional*): As in [`log_likelihood`].
@@ -341,16 +350,23 @@ class VSDMPipeline(DiffusionPipeline):
                 f"`class_labels` must be one, or one for each of the {number} samples, got shape {labels.shape}."
             )
         if labels.min() < 0 or labels.max() >= self.num_classes:
-            raise ValueError(f"`class_labels` must lie in 0 to {self.num_classes - 1}, got {class_labels!r}.")
+            raise ValueError(
+                f"`class_labels` must lie in 0 to {self.num_classes - 1}, got {class_labels!r}. (The network's last"
+                " embedding is that of samples without a class.)"
+            )
         return torch.from_numpy(labels.astype(np.int64)).to(self._execution_device).expand(number)
 
-    def _to_model_units(self, samples: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def _to_model_units(
+        self, samples: Tensor | np.ndarray, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
         """Samples in the network's units, and the log of how much larger a volume is in these: `()` in float64."""
         if not isinstance(self.scheduler, VSDMScheduler):
             raise ValueError(
                 f"A likelihood needs a VSDMScheduler, not a {type(self.scheduler).__name__}: use"
                 " `VSDMScheduler.from_config(pipe.scheduler.config)`."
             )
+        samples = torch.as_tensor(samples)
+        samples = samples.clone() if samples.is_inference() else samples  # which cannot be differentiated
         if tuple(samples.shape[1:]) != self.event_shape or len(samples) == 0:
             raise ValueError(f"`samples` must have shape (batch_size, *{self.event_shape}), got {tuple(samples.shape)}.")
         samples, d = samples.to(self._execution_device), math.prod(self.event_shape)

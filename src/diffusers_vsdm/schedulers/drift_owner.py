@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
@@ -13,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..drift import AdaptiveDiagonalDrift
+from .foreign import foreign_settings
 
 
 # nested, and with a dot in the folder's name: otherwise the Hub's download filter takes the file for model weights
@@ -48,18 +50,26 @@ class DriftOwner(SchedulerMixin, ConfigMixin):
         """The configuration, with the digest of the drift as it is now; it refers to the live drift."""
         digest = None if self._drift is None else self._cached("digest", self._drift.digest)
         if self._internal_dict.get("drift_sha256") != digest:
-            unused = [key for key in self._internal_dict.get("_use_default_values", []) if key != "drift_sha256"]
-            self.register_to_config(drift_sha256=digest, _use_default_values=unused)
+            self._register(drift_sha256=digest)
         config = _ConfigOfDrift(self._internal_dict)
         object.__setattr__(config, "drift", self._drift)
         return config
+
+    def _register(self, **settings: Any) -> None:
+        """Change the configuration so that `from_config`, which passes over defaults, keeps the change."""
+        defaults = [key for key in self._internal_dict.get("_use_default_values", []) if key not in settings]
+        self.register_to_config(**settings, _use_default_values=defaults)
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As in Diffusers; the drift of `config` (of a live scheduler) or `drift=` comes along, copied.
 
+        Of another class's configuration the process is kept, and what it says of clipping and of Karras's or
+        exponential steps.
+
         Raises:
-            ValueError: The configuration names a drift by its digest, and no such drift is at hand.
+            ValueError: The configuration names a drift by its digest, and no such drift is at hand; or it is of a
+                class with another kind of process.
         """
         drift = kwargs.pop("drift", getattr(config, "drift", None))
         digest = kwargs.get("drift_sha256", config.get("drift_sha256") if isinstance(config, dict) else None)
@@ -69,8 +79,9 @@ class DriftOwner(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"The configuration belongs to a learned drift (drift_sha256={digest[:12]}...) that did not come with"
                 " it. Pass `scheduler.config` itself, `drift=scheduler.drift`, or load with `from_pretrained`; to go"
-                " without the drift, pass `drift_sha256=None`."
+                " without the drift, pass `drift_sha256=None` and `prior_type='conditional'`."
             )
+        kwargs = foreign_settings(config, kwargs) | kwargs
         result = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
         scheduler = result[0] if return_unused_kwargs else result
         scheduler.set_drift(copy.deepcopy(drift))
@@ -130,7 +141,8 @@ class DriftOwner(SchedulerMixin, ConfigMixin):
         if not path.is_file():
             raise FileNotFoundError(
                 f"The scheduler's configuration names a learned drift, but {path} is missing. Copy the whole"
-                f" scheduler folder with its {DRIFT_FOLDER}/, or pass `drift_sha256=None` to go without the drift."
+                f" scheduler folder with its {DRIFT_FOLDER}/, or pass `drift_sha256=None` and"
+                " `prior_type='conditional'` to go without the drift."
             )
         drift = AdaptiveDiagonalDrift.load_file(path)
         if drift.digest() != config["drift_sha256"]:
@@ -147,5 +159,6 @@ class DriftOwner(SchedulerMixin, ConfigMixin):
         if self._caches.get("version", ()) != version:
             self._caches = {"version": version}
         if key not in self._caches:
-            self._caches[key] = make()
+            with torch.inference_mode(False):  # what is kept may be used in training later
+                self._caches[key] = make()
         return self._caches[key]

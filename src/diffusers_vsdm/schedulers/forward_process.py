@@ -188,7 +188,9 @@ class ForwardProcess(DriftOwner):
         a, s = self.marginal_scales(sample, timesteps)
         basis = self.basis(s)
         _, eps_per_unit = self.parameterization.eps_terms(a, s)
-        return model_output - basis.from_basis(basis.to_basis(change.to(s.dtype)) * s / eps_per_unit)
+        # where the network has no say, in dimensions that `edm` knows not to vary, nothing is shifted
+        units = torch.where(eps_per_unit == 0, 0.0, s / eps_per_unit)
+        return model_output - basis.from_basis(basis.to_basis(change.to(s.dtype)) * units)
 
     def fit_moments(self, data: Tensor | Iterable[Tensor], basis: str = "dct") -> None:
         r"""Start from the marginal prior $N(a_T m, a_T^2 v + s_T^2)$ of this data from now on.
@@ -196,7 +198,7 @@ class ForwardProcess(DriftOwner):
         A repair for existing models whose table leaves some signal at its last time (Lin et al. 2023): the network is
         trained on $x_T$ with that signal, but sampling starts from N(0, I) without it, which costs contrast and
         brightness where $a_T^2 v$ is not small. The process, the solver and the network stay as they are. In a
-        pipeline of another class pass `latents=scheduler.sample_prior(shape, generator)`.
+        pipeline of another class pass `latents` drawn by [`sample_prior`].
 
         Args:
             data (`Tensor` or batches of them): What the network was trained on, images in [-1, 1] or scaled latents,
@@ -205,7 +207,9 @@ class ForwardProcess(DriftOwner):
                 uncorrelated in `"dct"`, nearly, and not in `"identity"`; vectors have only the latter.
 
         Raises:
-            ValueError: The network's preconditioning goes by the moments that there are (`edm` without `sigma_data`).
+            ValueError: The network's preconditioning goes by the moments that there are (`edm` without `sigma_data`);
+                or there are fewer than two samples, or ones that are not finite or of another shape.
+            TypeError: `data` is neither a tensor nor batches of them.
         """
         config = self._internal_dict
         if config["prediction_type"] == "edm" and config["sigma_data"] is None:
@@ -216,15 +220,15 @@ class ForwardProcess(DriftOwner):
         drift = self._drift
         if drift is None:
             first, batches = itertools.tee(as_batches(data))
-            shape = tuple(next(first).shape[1:])
+            if (example := next(first, None)) is None:
+                raise ValueError("`data` is empty: two samples or more are needed.")
+            shape = tuple(example.shape[1:])
             drift = AdaptiveDiagonalDrift(shape, (1,) * len(shape), basis=basis)
             drift.set_lambda(self.mean_rate)
             data = batches
         drift.fit_moments(data)
         self.set_drift(drift)
-        self.register_to_config(prior_type="marginal")
-        defaults = self._internal_dict.get("_use_default_values", [])
-        self.register_to_config(_use_default_values=[key for key in defaults if key != "prior_type"])
+        self._register(prior_type="marginal")
 
     def _rates(self) -> DiscreteProcess:
         """The process at the training times in float64; its lambda is a scalar where all dimensions share one."""

@@ -117,6 +117,6 @@ def custom_grid(timesteps: np.ndarray, num_train: int, to_data: bool) -> np.ndar
         raise ValueError(
             f"`timesteps` must be in descending order and end above {grid[-1]}, got {timesteps.tolist()}."
         )
-    if grid[0] > num_train - 1:
-        raise ValueError(f"`timesteps` must lie below the {num_train} training timesteps, got {timesteps.tolist()}.")
+    if timesteps[0] > num_train - 1 or timesteps[-1] < 0:
+        raise ValueError(f"`timesteps` must lie in 0 to {num_train - 1}, got {timesteps.tolist()}.")
     return grid

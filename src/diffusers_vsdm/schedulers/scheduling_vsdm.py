@@ -93,7 +93,7 @@ class VSDMScheduler(ForwardProcess):
         Lin et al. (2023), "Common Diffusion Noise Schedules and Sample Steps are Flawed".
     """
 
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers if e.name != "EDMEulerScheduler"]  # has no betas
     order = 1
 
     @register_to_config
@@ -366,6 +366,8 @@ class VSDMScheduler(ForwardProcess):
             raise ValueError("Pass exactly one of `num_inference_steps` and `timesteps`.")
         config = self._internal_dict
         kind = config["time_grid"] or self._solver.time_grid
+        if num_inference_steps is not None and num_inference_steps != int(num_inference_steps):
+            raise ValueError(f"`num_inference_steps` must be a whole number, got {num_inference_steps}.")
         if num_inference_steps is None:
             grid = custom_grid(np.asarray(timesteps), len(self), self._to_data)
         elif kind != "spacing":
@@ -460,7 +462,10 @@ class VSDMScheduler(ForwardProcess):
         factor = None
         if self._internal_dict["prior_type"] == "marginal":
             if drift is None:
-                raise ValueError("`prior_type` 'marginal' needs a drift with the data's moments: see `set_drift`.")
+                raise ValueError(
+                    "`prior_type` 'marginal' needs the data's moments: see `fit_moments` and `set_drift`, or choose"
+                    " `prior_type='conditional'`."
+                )
             mean, variance = process.marginal_moments(lam, g, drift.data_mean, drift.data_variance)
             mean, std = scale * mean, scale * variance.sqrt()
             if drift.turns:  # the data's own axes need not be the drift's
@@ -481,6 +486,9 @@ class VSDMScheduler(ForwardProcess):
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """Draw the first sample of a run from the prior (`prior_type`) at the first of `timesteps`.
+
+        Stable Diffusion's pipelines and others multiply the `latents` they are given by [`init_noise_sigma`]: to these
+        pass `scheduler.sample_prior(shape) / scheduler.init_noise_sigma`.
 
         Args:
             shape (`tuple[int, ...]`): `(batch, *event_shape)`.
@@ -526,7 +534,7 @@ class VSDMScheduler(ForwardProcess):
             self._prior_was_used = True
             warnings.warn(
                 "This run starts from noise that did not come from this process's prior: the caller used neither"
-                " `init_noise_sigma` nor `sample_prior`. Use VSDMPipeline, or `latents=scheduler.sample_prior(...)`.",
+                " `init_noise_sigma` nor `sample_prior`. Use VSDMPipeline, or pass `latents` drawn by `sample_prior`.",
                 stacklevel=2,
             )
         call = self._calls(sample.device, sample.dtype)[index - self._first_index]

@@ -4,6 +4,7 @@ What is trained, and on what, say the trainers: of images and vectors in `loop.p
 """
 
 import contextlib
+import json
 import math
 import time
 from abc import ABC, abstractmethod
@@ -26,10 +27,18 @@ from ..objectives import denoising_score_matching, time_probabilities
 from ..schedulers import VSDMScheduler
 from ..stochastic_approximation import StageOutput, StochasticApproximation
 from .averaging import averaged
-from .checkpoint import check_settings, find_checkpoint, inside, load_checkpoint, save_checkpoint
+from .checkpoint import (
+    check_settings,
+    discard,
+    find_checkpoint,
+    inside,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from .config import RunConfig
 from .setup import FUSED, as_it_is, build_accelerator, build_scheduler, seed_dropout
-from .sharding import gathered, is_sharded, split_like, whole_network
+from .sharding import gathered, is_sharded, laid_out_like, split_like, whole_network
 
 
 LOSS_WINDOW = 100
@@ -133,6 +142,8 @@ class BaseTrainer(ABC):
         if config.sa_update == "ipf":  # which looks at the forward process too
             samples = next(iter(self._moment_batches()))[: config.sa_trajectories].to(self.accelerator.device)
             self.samples = samples if self.normalizer is None else self.normalizer.normalize(samples)
+        if config.ddpm_num_inference_steps:  # or else it would be found out after hours
+            VSDMScheduler.from_config(self.scheduler.config).set_timesteps(config.ddpm_num_inference_steps)
         self.network = self._build_network()
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
@@ -168,6 +179,7 @@ class BaseTrainer(ABC):
             zeta_placement=config.zeta_placement,
             update=config.sa_update,
             prior=config.sa_prior,
+            prior_variance=1.0 if config.prior_type == "standard" else None,
             variance_exploding=self.scheduler.is_variance_exploding,
             num_trajectories=config.sa_trajectories,
             num_steps=config.sa_steps or None,
@@ -251,6 +263,9 @@ class BaseTrainer(ABC):
         config = self.config
         if config.logger != "none":
             self.accelerator.init_trackers("vsdm", config=asdict(config))
+        if config.overwrite_output_dir and not config.resume_from_checkpoint and self.accelerator.is_main_process:
+            for old in list_checkpoints(self.folder):  # of a run that this one replaces
+                discard(old)
         batches, stages = self._batches(), config.stage_steps
         bar = tqdm(
             initial=self.step,
@@ -445,6 +460,12 @@ class BaseTrainer(ABC):
         """
         tensors, numbers = load_checkpoint(path)
         check_settings(path, numbers["config"], self._identity(), self.config.default_identity())
+        # the sum does not turn with the axes
+        if not torch.isclose(tensors["drift.data_variance"].sum(), self.drift.data_variance.sum(), rtol=1e-4):
+            raise ValueError(
+                f"The checkpoint {path} is of a run on other data, whose variance differs: give those, or start a new"
+                " run in another `output_dir`."
+            )
         known = self.network.state_dict()
         self.network.load_state_dict(
             {name: split_like(tensor, known[name]) for name, tensor in inside(tensors, "network").items()}
@@ -453,7 +474,7 @@ class BaseTrainer(ABC):
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         moments = inside(tensors, "optimizer")
         state = {
-            int(i): {name: split_like(tensor, parameters[int(i)]) for name, tensor in inside(moments, i).items()}
+            int(i): {name: laid_out_like(tensor, parameters[int(i)]) for name, tensor in inside(moments, i).items()}
             for i in numbers["optimizer_indices"]
         }
         self.optimizer.load_state_dict({"state": state, "param_groups": numbers["param_groups"]})
@@ -476,7 +497,11 @@ class BaseTrainer(ABC):
 
     def _identity(self) -> dict[str, Any]:
         """What all parts of a run share."""
-        return self.config.identity(num_examples=len(self.dataset), num_processes=self.accelerator.num_processes)
+        return self.config.identity(
+            num_examples=len(self.dataset),
+            num_processes=self.accelerator.num_processes,
+            network=json.loads(json.dumps({k: v for k, v in self.network.config.items() if not k.startswith("_")})),
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}

@@ -63,6 +63,7 @@ from .config import TrainingConfig, setting
 from .loop import train
 from .processes import process_state
 from .setup import FUSED, build_accelerator, build_data, build_network, mirrored, on_device, seed_dropout
+from .sharding import laid_out_like
 
 
 OBJECTIVES = ("matching", "alternating", "joint")
@@ -70,6 +71,7 @@ FORWARD, BACKWARD = 1, -1
 MOST_EXACT = 4  # dimensions: an exact divergence takes a backward pass for each
 # a divergence can be made as low as one likes at points that do not change, and nowhere else
 REFRESH = {"matching": 100, "alternating": 25}
+MOST_AWAY = 100  # times as far as either end: paths that go there have blown up
 ENERGY_FALL = 0.01  # of the weight of the control energy, over the run
 BRIDGE_FOLDER, START_RECORD = "bridge", "start.json"
 Pair = tuple[Tensor, Tensor]
@@ -112,9 +114,18 @@ class BridgeConfig(TrainingConfig):
         for name in ("bridge_stages", "bridge_steps", "bridge_paths", "bridge_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        for name in ("control_energy", "bridge_refresh", "bridge_corrector_steps"):
+        for name in ("control_energy", "bridge_refresh", "bridge_corrector_steps", "bridge_num_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.bridge_ema_decay < 1:
+            raise ValueError(f"`bridge_ema_decay` must lie in [0, 1), got {self.bridge_ema_decay}.")
+        if self.bridge_num_steps > self.ddpm_num_steps and not self.pretrained_model_name_or_path:
+            raise ValueError(
+                f"`bridge_num_steps` must not be above the {self.ddpm_num_steps} training times, got"
+                f" {self.bridge_num_steps}."
+            )
+        if self.control_energy and self.objective != "joint":
+            raise ValueError(f"`control_energy` is for `objective` 'joint', not {self.objective!r}: leave it out.")
         if self.lambda_varies:
             raise ValueError("`lambda_varies` gives no reference for a bridge: leave it out.")
         if self.prior_dataset_name and (self.prior_dataset_name not in TOYS or not self.is_toy):
@@ -177,7 +188,7 @@ class BridgeTrainer:
         self.folder = Path(config.output_dir) / BRIDGE_FOLDER
         set_seed(config.seed)
         self.data = on_device(build_data(config), self.accelerator.device)
-        forward_network = build_network(config, self.data.event_shape, None)
+        forward_network = build_network(config, self.data.event_shape, len(start.scheduler))
         if config.channels_last:  # which a saved start does not remember
             start.unet.to(memory_format=torch.channels_last)
         self._start_at_zero(forward_network)
@@ -224,8 +235,8 @@ class BridgeTrainer:
                 )
                 kept = list_checkpoints(self.folder)
                 raise FloatingPointError(
-                    f"Stage {stage}, {name} networks: {error} Lower `bridge_learning_rate`; the last whole checkpoint"
-                    f" is {kept[-1] if kept else 'none: see `checkpointing_steps`'}."
+                    f"Stage {stage}, {name} networks: {error} Lower `bridge_learning_rate`, which a resumed run may"
+                    f" have; the last whole checkpoint is {kept[-1] if kept else 'none: see `checkpointing_steps`'}."
                 ) from error
             self.losses.append(loss)
             self.half += 1
@@ -329,9 +340,26 @@ class BridgeTrainer:
         side, start = self.sides[direction], self._ends(direction, self.config.bridge_paths)
         with averaged(side.network, side.ema):
             if self.config.objective != "matching":
-                return self._in_all(self.process.run, start, direction, self.generator)
-            end = self._in_all(self.process.arrive, start, direction, self.generator)
+                return self._in_all(self._paths, start, direction)
+            end = self._in_all(self._arrive, start, direction)
         return (start, end) if direction == FORWARD else (end, start)
+
+    def _paths(self, start: Tensor, direction: int) -> Pair:
+        path, controls = self.process.run(start, direction, self.generator)
+        self._check_size(path, start)
+        return path, controls
+
+    def _arrive(self, start: Tensor, direction: int) -> Tensor:
+        end = self.process.arrive(start, direction, self.generator)
+        self._check_size(end, start)
+        return end
+
+    def _check_size(self, path: Tensor, start: Tensor) -> None:
+        """Refuse paths that are finite and blown up all the same."""
+        ends = [start, self._ends(FORWARD, len(start)), self._ends(BACKWARD, len(start))]
+        most, largest = MOST_AWAY * max(float(end.abs().max()) for end in ends), float(path.abs().max())
+        if largest > most:
+            raise FloatingPointError(f"The paths go as far as {largest:.3g}, and the ends to {most / MOST_AWAY:.3g}.")
 
     def _in_all(self, simulate: Callable[..., T], *arguments: Any) -> T:
         """What is simulated; paths that blow up in one process end all, that none should wait for it."""
@@ -461,7 +489,11 @@ class BridgeTrainer:
             side.ema.optimization_step = numbers["ema_steps"][name]
             groups = side.optimizer.state_dict()
             moments = inside(own, "optimizer")
-            state = {int(i): inside(moments, i) for i in {key.split(".")[0] for key in moments}}
+            state = {
+                i: {name: laid_out_like(tensor, parameter) for name, tensor in found.items()}
+                for i, parameter in enumerate(side.network.parameters())
+                if (found := inside(moments, str(i)))
+            }
             side.optimizer.load_state_dict(groups | {"state": state})
         self.half, self.losses, self.seconds = numbers["half"], numbers["losses"], numbers["seconds"]
 
@@ -499,10 +531,10 @@ def _trained_start(config: BridgeConfig, folder: Path | None) -> tuple[VSDMPipel
         known = json.loads(record.read_text())
         check_settings(folder, known["config"], settings, default)
         return VSDMPipeline.from_pretrained(folder), known["seconds"]
+    result = train(unmeasured)
     if is_main and not config.resume_from_checkpoint:  # those of a run that this one replaces
         for old in (folder, folder.with_name(BRIDGE_FOLDER)):
             shutil.rmtree(old, ignore_errors=True)
-    result = train(unmeasured)
     if is_main:
         result.pipeline.save_pretrained(folder)
         write_atomically(record, json.dumps({"config": settings, "seconds": result.seconds}).encode())

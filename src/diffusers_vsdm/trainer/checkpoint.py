@@ -116,6 +116,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         # clones: tensors in the file's alignment would be rounded differently by some CPU kernels
         tensors = {key: t.clone() for key, t in safetensors.torch.load_file(path / TENSORS).items()}
-        return tensors, json.loads((path / NUMBERS).read_text())
-    except (safetensors.SafetensorError, json.JSONDecodeError, FileNotFoundError) as error:
+        numbers = json.loads((path / NUMBERS).read_text())
+        if "config" not in numbers:
+            raise ValueError(f"{NUMBERS} has no settings of its run")
+        return tensors, numbers
+    except (safetensors.SafetensorError, ValueError, TypeError, FileNotFoundError) as error:
         raise ValueError(f"The checkpoint {path} is damaged ({error}): resume from an older one.") from error

@@ -16,7 +16,6 @@ from ..schedulers.parameterization import PARAMETERIZATIONS
 from ..schedulers.scheduling_vsdm import PRIORS
 from ..solvers import SOLVERS
 from ..stochastic_approximation import GRADIENTS, SIMULATION_PRIORS, STEP_COUNTS, UPDATES
-from .checkpoint import discard, list_checkpoints
 
 
 POWER_LAW, EXPLODING, BROWNIAN = "power_law", "ve", "brownian"
@@ -26,7 +25,7 @@ INCIDENTAL = (
     " num_likelihood_samples ddpm_num_inference_steps validation_steps logger logging_steps logging_dir"
     " validation_images statistics feature_weights dataloader_num_workers"
     " checkpointing_steps checkpoints_total_limit resume_from_checkpoint license push_to_hub hub_model_id"
-    " hub_private_repo hub_revision hub_tag"
+    " hub_private_repo hub_revision hub_tag bridge_learning_rate"
 ).split()
 # of this machine and this run alone: not for others' eyes
 LOCAL = "output_dir overwrite_output_dir cache_dir logging_dir resume_from_checkpoint".split()
@@ -92,6 +91,10 @@ class RunConfig:
     positive: ClassVar[str] = (
         "ddpm_num_steps max_train_steps train_batch_size learning_rate max_grad_norm logging_steps beta_min"
         " sa_trajectories sa_step_scale gradient_accumulation_steps sigma_min sigma_max"
+    )
+    not_negative: ClassVar[str] = (
+        "seed dataloader_num_workers num_epochs lr_warmup_steps sa_stages sa_steps sa_batch_size validation_steps"
+        " ddpm_num_inference_steps checkpointing_steps checkpoints_total_limit"
     )
 
     output_dir: str = setting("vsdm-model", "Folder for the pipeline, its metrics, pictures and card.")
@@ -202,8 +205,9 @@ class RunConfig:
         for name in self.positive.split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        if self.seed < 0:
-            raise ValueError(f"`seed` must not be negative, got {self.seed}.")
+        for name in self.not_negative.split():
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if self.ddpm_beta_schedule == POWER_LAW and not self.beta_min <= self.beta_max:
             raise ValueError(f"`beta_max` {self.beta_max} must not be below `beta_min` {self.beta_min}.")
         if self.ddpm_beta_schedule == EXPLODING and not self.sigma_min < self.sigma_max:
@@ -256,9 +260,14 @@ class RunConfig:
         if not self.num_epochs:
             return self
         steps = self.num_epochs * (num_samples // whole_batch) // self.gradient_accumulation_steps
+        if not steps:
+            raise ValueError(
+                f"`num_epochs` {self.num_epochs} of {num_samples // whole_batch} batches are less than the"
+                f" {self.gradient_accumulation_steps} `gradient_accumulation_steps` of a step: train for more."
+            )
         return replace(self, num_epochs=0, max_train_steps=steps)
 
-    def identity(self, **facts: int) -> dict[str, Any]:
+    def identity(self, **facts: Any) -> dict[str, Any]:
         """The settings that make the run what it is, and facts of it: all that a resumed part must share."""
         return {key: value for key, value in asdict(self).items() if key not in INCIDENTAL} | facts
 
@@ -284,7 +293,7 @@ class RunConfig:
         return " ".join(["accelerate launch", self.script, *(_flag(key, value) for key, value in given.items())])
 
     def prepare_output_dir(self) -> Path:
-        """Make the output folder; checkpoints of a run that this one replaces are deleted.
+        """Make the output folder.
 
         Raises:
             FileExistsError: It exists, is not empty, and neither `overwrite_output_dir` nor a checkpoint is given.
@@ -297,8 +306,6 @@ class RunConfig:
                 " --overwrite_output_dir to write into it."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        for old in [] if self.resume_from_checkpoint else list_checkpoints(folder):
-            discard(old)
         return folder
 
 
@@ -308,6 +315,7 @@ class TrainingConfig(RunConfig, DataConfig):
 
     script: ClassVar[str] = "training/train_vsdm.py"
     positive: ClassVar[str] = f"{RunConfig.positive} num_train_samples model_width num_eval_steps eval_batch_size"
+    not_negative: ClassVar[str] = f"{RunConfig.not_negative} max_train_samples"
 
     dataset_name: str = setting("spiral-8y", f"An image data set on the Hub, or a toy: {', '.join(TOYS)}.")
     num_train_samples: int = setting(100_000, "Points drawn from a toy distribution as the training set.")
@@ -365,8 +373,6 @@ class TrainingConfig(RunConfig, DataConfig):
                 f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r} brings its own network and"
                 f" process: leave out {', '.join(ignored)}."
             )
-        if self.max_train_samples < 0:
-            raise ValueError(f"`max_train_samples` must not be negative, got {self.max_train_samples}.")
         if self.basis != "identity" and (self.basis == "dense") != self.is_toy:
             raise ValueError(
                 f"`basis` {self.basis!r} is for {'images' if self.is_toy else 'vectors'}, not these data."

@@ -70,7 +70,7 @@ class Trainer(BaseTrainer):
         return moment_batches(self.dataset, self.config.seed, self.config.dataloader_num_workers)
 
     def _build_network(self) -> ModelMixin:
-        return build_network(self.config, self.dataset.event_shape, self.dataset.num_classes)
+        return build_network(self.config, self.dataset.event_shape, len(self.scheduler), self.dataset.num_classes)
 
     def _pipeline(self, network: torch.nn.Module, scheduler: VSDMScheduler) -> VSDMPipeline:
         return VSDMPipeline(network, scheduler, self.normalizer)

@@ -11,11 +11,19 @@ def repository_for(config: RunConfig) -> str | None:
 
     Raises:
         HfHubHTTPError: The Hub refuses; its message says why.
+        ConnectionError: The Hub is not to be reached.
     """
     if not config.push_to_hub:
         return None
     name = config.hub_model_id or Path(config.output_dir).resolve().name
-    return create_repository(name, config.hub_private_repo or None, config.hub_revision or None)
+    try:
+        return create_repository(name, config.hub_private_repo or None, config.hub_revision or None)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of a client whose package is not the same in all versions
+        raise ConnectionError(
+            f"The Hub is not to be reached ({error}): leave out `push_to_hub`, push later."
+        ) from error
 
 
 def push(config: RunConfig, repo_id: str) -> str:

@@ -1,12 +1,14 @@
 """The parts of a run, made from its settings: data, network, process."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
 from diffusers import ModelMixin, UNet2DModel
 from torch import Tensor
@@ -29,6 +31,7 @@ MOMENT_SAMPLES = 10_000
 # memory of activations back after every step, and training on a CPU has fewer page faults
 MOMENT_VALUES = 1 << 20
 FUSED = ("cpu", "cuda", "xpu")  # where AdamW is one kernel
+T = TypeVar("T")
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
@@ -36,8 +39,13 @@ def build_accelerator(config: RunConfig) -> Accelerator:
 
     Raises:
         ValueError: The machine lacks the precision, or Accelerate is told to split networks.
+        ImportError: The package to log with is not installed.
     """
     process_state()
+    if config.logger not in ("none", *map(str, get_available_trackers())):
+        raise ImportError(
+            f"`logger` {config.logger!r} is not installed: pip install {config.logger}, or choose another."
+        )
     folder = Path(config.output_dir)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision or None,
@@ -61,7 +69,8 @@ def build_accelerator(config: RunConfig) -> Accelerator:
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:
-    """The randomness that networks draw by themselves."""
+    """The randomness that networks draw by themselves, from another stream than generators of this seed."""
+    seed = int(np.random.SeedSequence([seed, 1]).generate_state(1, np.uint64)[0] >> np.uint64(1))
     # on a CPU without the detour over GPUs that are not there, about 3% of a toy's step
     (torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed)(seed)
 
@@ -169,15 +178,31 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
-def build_network(config: TrainingConfig, event_shape: tuple[int, ...], num_classes: int | None = None) -> ModelMixin:
+def load_part(load: Callable[..., T], name: str, part: str) -> T:
+    """A part of a pretrained pipeline, from its own folder or, as the first DDPM pipelines have it, from the root."""
+    try:
+        return load(name, subfolder=part)
+    except OSError:
+        return load(name)
+
+
+def build_network(
+    config: TrainingConfig, event_shape: tuple[int, ...], num_times: int, num_classes: int | None = None
+) -> ModelMixin:
     """The network of a run: pretrained, from a configuration file, or a preset; for `num_classes` if there are any.
+
+    Args:
+        config: The settings.
+        event_shape: Of the data.
+        num_times: Training times N.
+        num_classes: Of the data, or None.
 
     Raises:
         ValueError: The network does not fit the data.
     """
     network: ModelMixin
     if config.pretrained_model_name_or_path:
-        network = UNet2DModel.from_pretrained(config.pretrained_model_name_or_path, subfolder="unet")
+        network = load_part(UNet2DModel.from_pretrained, config.pretrained_model_name_or_path, "unet")
     elif config.model_config_name_or_path:
         settings = UNet2DModel.load_config(config.model_config_name_or_path)
         classes = {} if num_classes is None else {"num_class_embeds": num_classes + 1}
@@ -187,13 +212,15 @@ def build_network(config: TrainingConfig, event_shape: tuple[int, ...], num_clas
             config.model, event_shape, config.ddpm_num_steps, config.model_width, config.model_num_blocks, num_classes
         )
     if isinstance(network, UNet2DModel):
-        _check_network(network, event_shape, num_classes)
+        _check_network(network, event_shape, num_times, num_classes)
         if config.channels_last:
             network.to(memory_format=torch.channels_last)
     return network
 
 
-def _check_network(network: UNet2DModel, event_shape: tuple[int, ...], num_classes: int | None) -> None:
+def _check_network(
+    network: UNet2DModel, event_shape: tuple[int, ...], num_times: int, num_classes: int | None
+) -> None:
     config = network.config
     size, channels = config["sample_size"], {config["in_channels"], config["out_channels"]}
     sides = event_shape[1:] if size is None else (size, size) if isinstance(size, int) else tuple(size)
@@ -201,6 +228,16 @@ def _check_network(network: UNet2DModel, event_shape: tuple[int, ...], num_class
         raise ValueError(
             f"The network has `in_channels` {config['in_channels']}, `out_channels` {config['out_channels']} and"
             f" `sample_size` {size}, the data are {event_shape}: set `channels` and `resolution`, or take another one."
+        )
+    embedding, known_times = config["time_embedding_type"], config["num_train_timesteps"]
+    if embedding == "fourier" or (embedding == "learned" and (known_times or 0) < num_times):
+        raise ValueError(
+            f"The network has `time_embedding_type` {embedding!r} and `num_train_timesteps` {known_times}, the run has"
+            f" the training times 0 to {num_times - 1}: use 'positional', or 'learned' for as many times."
+        )
+    if config["class_embed_type"] is not None:
+        raise ValueError(
+            f"The network has `class_embed_type` {config['class_embed_type']!r}: only None is for labels."
         )
     check_sides(event_shape[1:], config["block_out_channels"], "The network")
     if known_classes(network) != num_classes:
@@ -230,7 +267,7 @@ def build_scheduler(
         prediction_type = "edm" if is_exploding else "v_prediction" if len(event_shape) == 1 else "epsilon"
     settings["prediction_type"] = prediction_type
     if pretrained:
-        stored = VSDMScheduler.load_config(pretrained, subfolder="scheduler")
+        stored = load_part(VSDMScheduler.load_config, pretrained, "scheduler")
         if stored.get("drift_sha256") is not None:
             raise ValueError(
                 "`pretrained_model_name_or_path` has a learned drift, and its network belongs to that. Start from a"

@@ -30,6 +30,13 @@ def split_like(tensor: Tensor, model: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements)
 
 
+def laid_out_like(tensor: Tensor, model: Tensor) -> Tensor:
+    """A whole tensor as `model` lies in memory, and as its parts; fused optimizers go by memory, not by index."""
+    if isinstance(model, DTensor) or tensor.shape != model.shape:
+        return split_like(tensor, model)
+    return torch.empty_like(model, dtype=tensor.dtype, device=tensor.device, requires_grad=False).copy_(tensor)
+
+
 def whole_network(network: ModelMixin, ema: EMAModel | None) -> ModelMixin:
     """A copy in evaluation that is not split, with the averaged weights if there are any."""
     state = {name: gathered(tensor) for name, tensor in network.state_dict().items()}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, ScoreSdeVeScheduler
 from PIL import Image
 
 from diffusers_vsdm import VSDMPipeline, command_line
@@ -210,8 +210,9 @@ def test_from_a_folder_to_samples(folder, tmp_path, settings, lambda_shape):
         assert (tmp_path / "model" / name).stat().st_size > 0
 
 
-def test_a_resumed_image_run_is_the_uninterrupted_one(folder, tmp_path):
-    settings = {"basis": "dct", "random_flip": True, "dataloader_num_workers": 1}
+@pytest.mark.parametrize("channels_last", [False, True])  # the order in memory of AdamW's moments
+def test_a_resumed_image_run_is_the_uninterrupted_one(folder, tmp_path, channels_last):
+    settings = {"basis": "dct", "random_flip": True, "dataloader_num_workers": 1, "channels_last": channels_last}
     whole, _ = train_tiny(folder, tmp_path / "whole", **settings)
     train_tiny(folder, tmp_path / "parts", checkpointing_steps=7, **settings)
     resumed, _ = train_tiny(folder, tmp_path / "parts", resume_from_checkpoint="checkpoint-7", **settings)
@@ -220,6 +221,60 @@ def test_a_resumed_image_run_is_the_uninterrupted_one(folder, tmp_path):
         torch.equal(a, b) for a, b in zip(whole.network.parameters(), resumed.network.parameters(), strict=True)
     )
     assert torch.equal(whole.drift.lam, resumed.drift.lam)
+
+
+def test_a_checkpoint_of_other_pictures_or_another_network_is_refused(folder, tmp_path):
+    settings = {"max_train_steps": 4, "sa_stages": 1, "checkpointing_steps": 2}
+    network = json.loads(build_model("tiny", (3, 8, 8), 100).to_json_string())
+    (tmp_path / "unet").mkdir()
+    config = tmp_path / "unet" / "config.json"
+    config.write_text(json.dumps(network))
+    settings |= {"model_config_name_or_path": str(tmp_path / "unet")}
+    train_tiny(folder, tmp_path / "run", **settings)
+    settings["resume_from_checkpoint"] = "checkpoint-2"
+    train_tiny(folder, tmp_path / "run", **settings)
+    config.write_text(json.dumps(network | {"dropout": 0.5}))
+    with pytest.raises(ValueError, match="other settings of `network`"):
+        train_tiny(folder, tmp_path / "run", **settings)
+    config.write_text(json.dumps(network))
+    for file in folder.glob("*.png"):
+        Image.new("RGB", (8, 8), (int(file.stem) * 20, 0, 0)).save(file)
+    with pytest.raises(ValueError, match="other data"):
+        train_tiny(folder, tmp_path / "run", **settings)
+
+
+def test_networks_that_cannot_be_trained_are_refused(folder, tmp_path):
+    network = json.loads(build_model("tiny", (3, 8, 8), 100).to_json_string())
+    (tmp_path / "unet").mkdir()
+    for changed, message in (
+        ({"time_embedding_type": "fourier"}, "'fourier'.*0 to 19"),
+        ({"time_embedding_type": "learned", "num_train_timesteps": 10}, "'learned'.*10.*0 to 19"),
+        ({"class_embed_type": "timestep"}, "`class_embed_type` 'timestep'"),
+    ):
+        (tmp_path / "unet" / "config.json").write_text(json.dumps(network | changed))
+        with pytest.raises(ValueError, match=message):
+            train_tiny(folder, tmp_path / "run", model_config_name_or_path=str(tmp_path / "unet"))
+
+
+def test_starts_from_a_pipeline_whose_parts_lie_at_the_root(folder, tmp_path):
+    """As those of the first DDPM pipelines on the Hub do."""
+    unet = build_model("tiny", (3, 8, 8), 1000)
+    unet.save_pretrained(tmp_path / "ddpm")
+    DDPMScheduler(num_train_timesteps=50, beta_schedule="squaredcos_cap_v2").save_pretrained(tmp_path / "ddpm")
+    start = {"pretrained_model_name_or_path": str(tmp_path / "ddpm"), "ddpm_num_steps": 100}
+    trainer, _ = train_tiny(
+        folder, tmp_path / "model", **start, max_train_steps=1, baseline="sgm", learning_rate=1e-30
+    )
+    assert len(trainer.scheduler) == 50
+    torch.testing.assert_close(trainer.network.conv_in.weight, unet.conv_in.weight)
+
+
+def test_a_start_of_another_kind_of_process_is_refused(folder, tmp_path):
+    build_model("tiny", (3, 8, 8), 1000).save_pretrained(tmp_path / "score" / "unet")
+    ScoreSdeVeScheduler().save_pretrained(tmp_path / "score" / "scheduler")
+    start = {"pretrained_model_name_or_path": str(tmp_path / "score"), "ddpm_num_steps": 100}
+    with pytest.raises(ValueError, match="ScoreSdeVeScheduler has no table of betas"):
+        train_tiny(folder, tmp_path / "model", **start)
 
 
 def test_starts_from_a_ddpm_pipeline(folder, tmp_path):

@@ -44,7 +44,7 @@ def test_score_weighting_is_eq_16_as_printed():
     printed = ((-eps / s - scheduler.get_score(prediction, K, scheduler.add_noise(x0, eps, K))) ** 2).mean()
     loss = denoising_score_matching(scheduler, prediction, x0, eps, K, "score")
     torch.testing.assert_close(loss, printed, rtol=1e-9, atol=0)
-    rates = scheduler.rates(K)[:, None]
+    rates = scheduler.beta_at(K)[:, None]
     likelihood = denoising_score_matching(scheduler, prediction, x0, eps, K, "likelihood")
     torch.testing.assert_close(likelihood, (rates * (prediction - eps) ** 2 / s**2).mean(), rtol=1e-9, atol=0)
 
@@ -121,7 +121,7 @@ def test_importance_sampling_of_times_is_the_likelihood_weighting():
     )
     weighted = denoising_score_matching(scheduler, wrong, x0, eps, everywhere, "likelihood")
     _, s = scheduler.marginal_scales(x0, everywhere)
-    constant = (scheduler.rates(everywhere)[:, None] / s**2).mean()
+    constant = (scheduler.beta_at(everywhere)[:, None] / s**2).mean()
     assert float((p * errors).sum() * constant) == pytest.approx(float(weighted), rel=2e-4)  # rates are in float32
 
 

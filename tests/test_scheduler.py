@@ -430,7 +430,7 @@ def test_power_law_starts_and_ends_where_the_paper_says():
     expected = process.power_law_integrated_beta(t, 0.1, 20.0, 1.7)
     torch.testing.assert_close(scheduler.integrated_beta, expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(
-        scheduler.rates(k).double(), process.power_law_beta(t - 0.005, 0.1, 20.0, 1.7), rtol=5e-3, atol=2e-4
+        scheduler.beta_at(k).double(), process.power_law_beta(t - 0.005, 0.1, 20.0, 1.7), rtol=5e-3, atol=2e-4
     )
     # stock schedulers understand the table
     torch.testing.assert_close(

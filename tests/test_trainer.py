@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from diffusers_vsdm import MLPModel, VSDMPipeline
-from diffusers_vsdm.trainer import TrainingConfig, algorithm, loop, setup, train
+from diffusers_vsdm.trainer import TrainingConfig, algorithm, loop, processes, setup, train
 from diffusers_vsdm.trainer.report import evaluate, write_report
 
 from .processes import run_python
@@ -222,6 +222,44 @@ def test_bad_data_is_refused(monkeypatch):
     monkeypatch.setattr(setup, "sample_toy", lambda *args: torch.full((2000, 2), float("nan")))
     with pytest.raises(ValueError, match="NaN"):
         train(tiny())
+
+
+def test_what_would_fail_after_hours_is_refused_at_once(monkeypatch):
+    with pytest.raises(ValueError, match="`num_inference_steps`.*between 1 and 100"):
+        loop.Trainer(tiny(ddpm_num_inference_steps=1000))
+    for name in ("checkpoints_total_limit", "checkpointing_steps", "validation_steps", "sa_stages"):
+        with pytest.raises(ValueError, match=f"`{name}` must not be negative"):
+            tiny(**{name: -1})
+    monkeypatch.setattr(setup, "get_available_trackers", lambda: [])
+    with pytest.raises(ImportError, match="`logger` 'tensorboard' is not installed"):
+        loop.Trainer(tiny(logger="tensorboard"))
+
+
+def test_one_process_where_several_were_asked_for_is_refused(monkeypatch):
+    """Which is what `accelerate launch --cpu --num_processes 2` starts."""
+    for name in processes.WORLD_SIZES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    processes.process_state()
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(ValueError, match="--multi_gpu --num_processes N"):
+        processes.process_state()
+
+
+def test_stages_simulate_from_the_prior_that_is_sampled_from():
+    settings = {"ddpm_beta_schedule": "brownian", "sigma_max": 0.3}
+    assert loop.Trainer(tiny(**settings, prior_type="standard")).approximation.prior_variance == 1
+    found = loop.Trainer(tiny(**settings, prior_type="conditional")).approximation.prior_variance
+    assert abs(found - 0.09) < 1e-6
+
+
+def test_dropout_has_a_stream_of_its_own():
+    """On a GPU two generators of one seed draw the same words."""
+    device, streams = torch.device("cpu"), []
+    for seed in range(4):
+        setup.seed_dropout(seed, device)
+        streams += [torch.rand(8), torch.rand(8, generator=torch.Generator().manual_seed(seed))]
+    assert len({tuple(stream.tolist()) for stream in streams}) == 8
 
 
 def test_an_output_folder_in_use_is_refused(tmp_path):

@@ -66,10 +66,10 @@ def test_the_table_is_edm_s():
     assert len(scheduler) == 1000 and scheduler.config["clip_sample"] is False
     np.testing.assert_allclose(scheduler.integrated_beta.sqrt(), edm_sigmas(1000)[-2::-1], rtol=1e-12)
     assert scheduler.init_noise_sigma == 80.0 and scheduler.integrated_beta[0] == 0.002**2  # to the last bit
-    assert scheduler.mean_rate == 0 and scheduler.is_variance_exploding
+    assert scheduler.mean_lambda == 0 and scheduler.is_variance_exploding
     k = torch.tensor([0, 500, 999])
     g = torch.cat([torch.zeros(1), scheduler.integrated_beta])
-    torch.testing.assert_close(scheduler.rates(k).double(), 1000 * (g[k + 1] - g[k]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(scheduler.beta_at(k).double(), 1000 * (g[k + 1] - g[k]), rtol=1e-6, atol=0)
 
 
 def test_x_t_is_data_and_noise_of_size_sigma():
@@ -280,7 +280,7 @@ def test_fitted_moments_leave_the_process_alone(basis, shape):
         scheduler.drift.set_lambda(0.0)
     scheduler.fit_moments(data, basis=basis)
     scheduler.fit_moments(data, basis=basis)  # as often as one likes, while lambda is one number
-    assert scheduler.mean_rate == 0 and scheduler.config["prior_type"] == "marginal"
+    assert scheduler.mean_lambda == 0 and scheduler.config["prior_type"] == "marginal"
     start = scheduler.sample_prior((500, *shape), generator=torch.Generator().manual_seed(0))
     assert float(start.mean()) == pytest.approx(3, abs=0.1) and float(start.var()) == pytest.approx(5, rel=0.1)
     scheduler.drift.set_lambda(torch.linspace(0, 1, 5) if basis == "dense" else 2.0)

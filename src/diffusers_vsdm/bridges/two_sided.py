@@ -100,7 +100,7 @@ class TwoSidedProcess:
     @property
     def _lam(self) -> Tensor:
         drift = self.scheduler.drift
-        return self.scheduler.mean_rate if drift is None else drift.lam
+        return self.scheduler.mean_lambda if drift is None else drift.lam
 
     def coefficients(self, like: Tensor, direction: int) -> tuple[Tensor, Tensor, Tensor]:
         """$a$, $c$ and $s$ of every step, `(num_steps, *broadcastable)`, on the sample's device.

@@ -242,7 +242,7 @@ def likelihood_bound(
     start = torch.rand(n, generator=generator, device=getattr(generator, "device", "cpu")).cpu().double()
     matching = torch.zeros(n, dtype=torch.float64)
     for i in range(num_times):
-        g, inverse_density = draw_times((start + i / num_times) % 1, scheduler.mean_rate, table[0], table[-1])
+        g, inverse_density = draw_times((start + i / num_times) % 1, scheduler.mean_lambda, table[0], table[-1])
         k = training_time_at(g, table).to(device, torch.float32)
         noise = randn_tensor(sample.shape, generator=generator, device=device, dtype=sample.dtype)
         _, s = scheduler.marginal_scales(sample, k)

@@ -62,7 +62,7 @@ def time_probabilities(scheduler: VSDMScheduler, sampling: str) -> Tensor:
     """
     if sampling not in TIME_SAMPLINGS:
         raise ValueError(f"`time_sampling` must be one of {tuple(TIME_SAMPLINGS)}, got {sampling!r}.")
-    g, lam = scheduler.integrated_beta, scheduler.mean_rate
+    g, lam = scheduler.integrated_beta, scheduler.mean_lambda
     growth = torch.diff(g, prepend=g.new_zeros(1)) / process.variance(lam, g)
     density = TIME_SAMPLINGS[sampling](-0.5 * process.log_snr(lam, g), growth)
     if not torch.isfinite(density).all():
@@ -121,6 +121,6 @@ def denoising_score_matching(
     weight = WEIGHTINGS[weighting]
     if weight is None:
         return error.mean()
-    beta = scheduler.rates(timesteps).to(error).reshape(-1, *[1] * (sample.ndim - 1))
+    beta = scheduler.beta_at(timesteps).to(error).reshape(-1, *[1] * (sample.ndim - 1))
     eps_per_unit = network.eps_terms(a, s)[1]
     return (weight(a, s, beta) * eps_per_unit**2 * error).mean()

@@ -65,14 +65,14 @@ class ForwardProcess(DriftOwner):
         """
         return integrated_beta_at(torch.as_tensor(timesteps).cpu(), self.integrated_beta)
 
-    def rates(self, timesteps: Tensor) -> Tensor:
+    def beta_at(self, timesteps: Tensor) -> Tensor:
         r"""$\beta_t$ per unit of time, averaged over each training interval of length 1 / N; shape of `timesteps`."""
 
         def make() -> Tensor:
             g = self.integrated_beta
             return (torch.diff(g, prepend=g.new_zeros(1)) * len(self)).float().to(timesteps.device)
 
-        return self._cached(("rates per time", timesteps.device), make)[timesteps]
+        return self._cached(("beta", timesteps.device), make)[timesteps]
 
     @property
     def is_variance_exploding(self) -> bool:
@@ -80,13 +80,13 @@ class ForwardProcess(DriftOwner):
         return self._internal_dict.get("trained_sigmas") is not None
 
     @property
-    def _neutral_rate(self) -> Tensor:
+    def _neutral_lambda(self) -> Tensor:
         return torch.tensor(0.0 if self.is_variance_exploding else 1.0, dtype=torch.float64)
 
     @property
-    def mean_rate(self) -> Tensor:
+    def mean_lambda(self) -> Tensor:
         r"""The mean of all $\lambda$, a scalar in float64; without a drift 1, or 0 with a table of sigmas."""
-        return self._neutral_rate if self._drift is None else self._drift.lam.mean()
+        return self._neutral_lambda if self._drift is None else self._drift.lam.mean()
 
     def basis(self, like: Tensor) -> Basis:
         """The coordinates in which the process is elementwise, for tensors like this one.
@@ -94,21 +94,21 @@ class ForwardProcess(DriftOwner):
         Where lambda is one number the process is the same in every basis, and this is the identity; unless the
         network's preconditioning has a number for each dimension.
         """
-        return self._basis(like, self._numbers())
+        return self._basis(like, self._lambda_for_network())
 
-    def _numbers(self) -> Tensor:
+    def _lambda_for_network(self) -> Tensor:
         """Lambda, shaped as the event unless one number serves for all dimensions wherever the network enters."""
 
         def make() -> Tensor:
-            lam = self._rates().lam
+            lam = self._process().lam
             is_edm = self._internal_dict["prediction_type"] == "edm"
             return lam.reshape(lam.shape or [1] * self._data_power().ndim) if is_edm else lam
 
-        return self._cached("numbers", make)
+        return self._cached("lambda_for_network", make)
 
-    def _basis(self, like: Tensor, numbers: Tensor) -> Basis:
+    def _basis(self, like: Tensor, lam: Tensor) -> Basis:
         drift = self._drift
-        if drift is None or numbers.ndim == 0:
+        if drift is None or lam.ndim == 0:
             return IdentityBasis()
         return self._cached(("basis", like.device, like.dtype), lambda: drift.basis(like.device, like.dtype))
 
@@ -127,7 +127,7 @@ class ForwardProcess(DriftOwner):
         dtype = original_samples.dtype
 
         def make() -> tuple[Basis, torch.dtype, Marginals]:
-            basis = self._basis(original_samples.to(at_least_float32(dtype)), self._rates().lam)
+            basis = self._basis(original_samples.to(at_least_float32(dtype)), self._process().lam)
             computed_in = dtype if isinstance(basis, IdentityBasis) else at_least_float32(dtype)
             return basis, computed_in, self._marginals(original_samples, computed_in)
 
@@ -140,7 +140,7 @@ class ForwardProcess(DriftOwner):
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         r"""$v = a_t \epsilon - s_t x_0$, the target of `v_prediction`; shapes as in [`add_noise`]."""
         a, s = self.marginal_scales(sample, timesteps)
-        basis = self._basis(s, self._rates().lam)
+        basis = self._basis(s, self._process().lam)
         x0, eps = (basis.to_basis(x.to(s.dtype)) for x in (sample, noise))
         return basis.from_basis(PARAMETERIZATIONS["v_prediction"].target(x0, eps, a, s)).to(sample.dtype)
 
@@ -224,31 +224,31 @@ class ForwardProcess(DriftOwner):
                 raise ValueError("`data` is empty: two samples or more are needed.")
             shape = tuple(example.shape[1:])
             drift = AdaptiveDiagonalDrift(shape, (1,) * len(shape), basis=basis)
-            drift.set_lambda(self.mean_rate)
+            drift.set_lambda(self.mean_lambda)
             data = batches
         drift.fit_moments(data)
         self.set_drift(drift)
         self._register(prior_type="marginal")
 
-    def _rates(self) -> DiscreteProcess:
+    def _process(self) -> DiscreteProcess:
         """The process at the training times in float64; its lambda is a scalar where all dimensions share one."""
 
         def make() -> DiscreteProcess:
             if self._drift is None:
-                return DiscreteProcess(self._neutral_rate, self.integrated_beta)
+                return DiscreteProcess(self._neutral_lambda, self.integrated_beta)
             lam = self._drift.lam
             one = lam.flatten()[0]
             if (lam == one).all():
                 return DiscreteProcess(one.clone(), self.integrated_beta)
             return DiscreteProcess(lam, self.integrated_beta, self._drift.num_times is not None)
 
-        return self._cached("rates", make)
+        return self._cached("process", make)
 
     def _marginals(self, like: Tensor, dtype: torch.dtype) -> Marginals:
         """The process for samples like this one, with scales of this type."""
         return self._cached(
             ("marginals", like.device, dtype, like.ndim),
-            lambda: Marginals(self._rates(), like, dtype),
+            lambda: Marginals(self._process(), like, dtype),
         )
 
     def _training_times(self, timesteps: Tensor | int, like: Tensor) -> Tensor:

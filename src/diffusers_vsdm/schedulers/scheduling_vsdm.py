@@ -4,7 +4,6 @@ import collections
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +14,16 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .. import process
-from ..bases import IdentityBasis
+from ..bases import Basis, IdentityBasis
 from ..solvers import SOLVERS
 from .forward_process import ForwardProcess, at_least_float32, check_agree
 from .grids import SPACINGS, TIME_GRIDS, continuous_grid, custom_grid, inference_grid
 from .marginals import log_sigma
+from .named_processes import NamedProcesses
 from .noise_table import BETA_SCHEDULES, table_of_betas, table_of_sigmas
 from .parameterization import PARAMETERIZATIONS
 from .prior import GaussianPrior
-from .tables import LEARNED, VARIANCE_TYPES, Call, combine, learned_std, make_calls
+from .tables import LEARNED, VARIANCE_TYPES, Call, clipped, combine, learned_std, make_calls
 
 
 logger = logging.get_logger(__name__)
@@ -46,7 +46,7 @@ class VSDMSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor | None = None
 
 
-class VSDMScheduler(ForwardProcess):
+class VSDMScheduler(NamedProcesses, ForwardProcess):
     r"""Scheduler of variational Schrödinger diffusion models: an Ornstein-Uhlenbeck process, a rate per dimension.
 
     It takes every argument of [`~diffusers.DDPMScheduler`] with the same meaning, so that
@@ -180,104 +180,15 @@ class VSDMScheduler(ForwardProcess):
             np.arange(num_train_timesteps - 1, -2, -1) if self._to_data else np.arange(num_train_timesteps)[::-1]
         )
 
-    # Construction ------------------------------------------------------------------------
-
-    @classmethod
-    def from_power_law(
-        cls,
-        beta_min: float = 0.1,
-        beta_max: float = 10.0,
-        power: float = 1.7,
-        num_train_timesteps: int = 100,
-        **kwargs: Any,
-    ) -> "VSDMScheduler":
-        r"""A scheduler with the paper's $\beta_t = \beta_{min} + t^r (\beta_{max} - \beta_{min})$, t in [0, 1].
-
-        The table is stored as `trained_betas`, which every stock scheduler understands.
-
-        Args:
-            beta_min, beta_max (`float`): Rates per unit of time, 0 < beta_min <= beta_max.
-            power (`float`, defaults to 1.7): The exponent r, not negative.
-            num_train_timesteps (`int`, defaults to 100): Training times N.
-            kwargs: Other arguments of the class. Here `clip_sample` defaults to False and `timestep_spacing` to
-                `"trailing"`, which starts at t = 1 whatever the number of steps.
-        """
-        if not 0 < beta_min <= beta_max or not power >= 0:
-            raise ValueError(
-                "The power law needs 0 < beta_min <= beta_max and power >= 0, got"
-                f" beta_min={beta_min}, beta_max={beta_max}, power={power}."
-            )
-        t = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
-        g = process.power_law_integrated_beta(t, beta_min, beta_max, power)
-        betas = process.discrete_betas(g).tolist()
-        settings = {"clip_sample": False, "timestep_spacing": "trailing"} | kwargs
-        return cls(num_train_timesteps=num_train_timesteps, trained_betas=betas, **settings)
-
-    @classmethod
-    def from_variance_exploding(
-        cls,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
-        rho: float = 7.0,
-        num_train_timesteps: int = 1000,
-        **kwargs: Any,
-    ) -> "VSDMScheduler":
-        r"""A scheduler with the forward process of EDM, $x_t = x_0 + \sigma_t \epsilon$ (Karras et al. 2022).
-
-        The training times are spaced by their Eq. 5, from `sigma_min` at k = 0 to `sigma_max` at k = N - 1. Stock
-        schedulers do not know such a table.
-
-        Args:
-            sigma_min, sigma_max (`float`): Standard deviations of the noise, 0 < sigma_min < sigma_max.
-            rho (`float`, defaults to 7.0): The exponent of the spacing, positive.
-            num_train_timesteps (`int`, defaults to 1000): Training times N, two or more.
-            kwargs: Other arguments of the class. Here `clip_sample` defaults to False and `timestep_spacing` to
-                `"linspace"`: n steps visit the whole times nearest to those of EDM's sampler with this rho, from
-                `sigma_max` to `sigma_min`, and then the data. With rho 7 `time_grid="karras"` visits them exactly.
-        """
-        if not 0 < sigma_min < sigma_max or not rho > 0 or num_train_timesteps < 2:
-            raise ValueError(
-                "The variance-exploding process needs 0 < sigma_min < sigma_max, rho > 0 and two training times or"
-                f" more, got sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho},"
-                f" num_train_timesteps={num_train_timesteps}."
-            )
-        t = torch.linspace(0, 1, num_train_timesteps, dtype=torch.float64)
-        sigmas = process.karras_sigma(t, sigma_min, sigma_max, rho).tolist()
-        sigmas[0], sigmas[-1] = float(sigma_min), float(sigma_max)  # to the last bit
-        settings = {"clip_sample": False, "timestep_spacing": "linspace"} | kwargs
-        return cls(num_train_timesteps=num_train_timesteps, trained_sigmas=sigmas, **settings)
-
-    @classmethod
-    def from_brownian(cls, sigma_max: float = 1.0, num_train_timesteps: int = 1000, **kwargs: Any) -> "VSDMScheduler":
-        r"""A scheduler for bridges between two data sets: Brownian motion of variance `sigma_max`^2 from end to end.
-
-        Its training times lie close together at both ends ([`process.brownian_sigma`]), so that the noise of single
-        steps blurs neither of the data sets.
-
-        Args:
-            sigma_max (`float`, defaults to 1.0): Standard deviation at the last training time, in model units.
-            num_train_timesteps (`int`, defaults to 1000): Training times N, two or more.
-            kwargs: As in [`from_variance_exploding`].
-        """
-        if not sigma_max > 0 or num_train_timesteps < 2:
-            raise ValueError(
-                "The Brownian process needs sigma_max > 0 and two training times or more, got"
-                f" sigma_max={sigma_max}, num_train_timesteps={num_train_timesteps}."
-            )
-        t = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
-        settings = {"clip_sample": False, "timestep_spacing": "linspace"} | kwargs
-        sigmas = process.brownian_sigma(t, sigma_max).tolist()
-        return cls(num_train_timesteps=num_train_timesteps, trained_sigmas=sigmas, **settings)
-
     # State ---------------------------------------------------------------------------------------------------
 
     @property
     def _to_data(self) -> bool:
         return self._internal_dict["final_sigmas_type"] == "zero"
 
-    def _rates_of_step(self) -> tuple[Tensor, Tensor]:
+    def _lambda_of_step(self) -> tuple[Tensor, Tensor]:
         """Lambda, and the data's variance where the solver uses it: scalars, or both with the event's dimensions."""
-        lam = self._numbers()
+        lam = self._lambda_for_network()
         if self._drift is None or not self._solver.uses_moments:
             return lam, torch.ones_like(lam)
         variance = self._drift.data_variance
@@ -290,7 +201,7 @@ class VSDMScheduler(ForwardProcess):
     def _log_sigma(self, kind: str) -> np.ndarray:
         """log(s/a) at every training time: one number for all dimensions, as the time grid says."""
         reduce = {"log_snr_largest": torch.amax, "log_snr_smallest": torch.amin}.get(kind, torch.mean)
-        return self._cached(("log_sigma", kind), lambda: log_sigma(self._rates(), reduce))
+        return self._cached(("log_sigma", kind), lambda: log_sigma(self._process(), reduce))
 
     @property
     def init_noise_sigma(self) -> float | Tensor:
@@ -303,7 +214,7 @@ class VSDMScheduler(ForwardProcess):
         if self._prior_is_standard:
             return 1.0
         if self._drift is None:
-            return float(self._rates().scales(self._grid[:1])[1])
+            return float(self._process().scales(self._grid[:1])[1])
         std = self.prior(timestep=self._grid[0]).std
         if self._drift.config["basis"] != "identity":
             std = std.square().mean().sqrt()  # a pipeline multiplies pixels
@@ -433,9 +344,9 @@ class VSDMScheduler(ForwardProcess):
         """The calls of this run for samples of this type and place, made at the first step after a change."""
 
         def make() -> list[Call]:
-            config, (lam, data_variance) = self._internal_dict, self._rates_of_step()
-            g, scale = self._rates().at(self._grid[self._first_index :])
-            ones = [1] * (lam.ndim - self._rates().lam.ndim)
+            config, (lam, data_variance) = self._internal_dict, self._lambda_of_step()
+            g, scale = self._process().at(self._grid[self._first_index :])
+            ones = [1] * (lam.ndim - self._process().lam.ndim)
             g, scale = (x.reshape(*x.shape, *ones) for x in (g, scale))
             rule = (self._solver, config["solver_order"], self.parameterization)
             return make_calls(*rule, lam, g, scale, data_variance, config["variance_type"], device, dtype)
@@ -456,9 +367,9 @@ class VSDMScheduler(ForwardProcess):
             device, dtype: Of its tensors.
             timestep (`int` or `float`, *optional*): The training time that it stands at. Defaults to the last one.
         """
-        lam, drift = self._rates().lam, self._drift
+        lam, drift = self._process().lam, self._drift
         at = np.array([len(self) - 1 if timestep is None else timestep])
-        g, scale = (x[0] for x in self._rates().at(at))
+        g, scale = (x[0] for x in self._process().at(at))
         factor = None
         if self._internal_dict["prior_type"] == "marginal":
             if drift is None:
@@ -469,7 +380,7 @@ class VSDMScheduler(ForwardProcess):
             mean, variance = process.marginal_moments(lam, g, drift.data_mean, drift.data_variance)
             mean, std = scale * mean, scale * variance.sqrt()
             if drift.turns:  # the data's own axes need not be the drift's
-                a, s = (scale[0].expand(drift.event_shape) for scale in self._rates().scales(at))
+                a, s = (scale[0].expand(drift.event_shape) for scale in self._process().scales(at))
                 factor = torch.linalg.cholesky(torch.outer(a, a) * drift.data_covariance + torch.diag(s**2))
         else:
             std = torch.ones_like(lam) if self._prior_is_standard else scale * process.std(lam, g)
@@ -544,28 +455,9 @@ class VSDMScheduler(ForwardProcess):
                 f" there `prediction_type` {self._internal_dict['prediction_type']!r} with `solver`"
                 f" {self._internal_dict['solver']!r} is undefined: use 'v_prediction' or 'sample' with 'ddpm'."
             )
-        basis = self._basis(sample, self._cached("rates_of_step", self._rates_of_step)[0])
+        basis = self._basis(sample, self._cached("lambda_of_step", self._lambda_of_step)[0])
         sample, model_output = basis.to_basis(sample), basis.to_basis(model_output)
-        values = {"sample": sample, "output": model_output}
-        values["x0"] = combine(call.x0, values)
-        prediction = basis.from_basis(values["x0"])
-        if self._internal_dict["clip_sample"] or self._internal_dict["thresholding"]:
-            prediction = self._clip(prediction)
-            values["x0"] = basis.to_basis(prediction)
-        if call.eps:
-            values["eps"] = combine(call.eps, values)
-        if self._held is not None:
-            values["held"] = self._held
-        if call.velocity:
-            if (drift := self._drift) is not None:
-                key = ("mean", sample.device, sample.dtype)
-                values["mean"] = self._cached(key, lambda: drift.data_mean.to(sample.device, sample.dtype))
-            values["velocity"] = combine(call.velocity, values)
-        if self._solver.multistep:
-            latest = call.extrapolated
-            for j, older in enumerate(self._history, 1):
-                values[f"{latest}_{j}"] = older
-            self._history.appendleft(values[latest])
+        values, prediction = self._predictions(call, basis, sample, model_output)
         terms = call.terms
         if "noise" in terms and self._grid[index] > 0:
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=noise_dtype)
@@ -584,14 +476,41 @@ class VSDMScheduler(ForwardProcess):
             return (previous, prediction)
         return VSDMSchedulerOutput(prev_sample=previous, pred_original_sample=prediction)
 
+    def _predictions(
+        self, call: Call, basis: Basis, sample: Tensor, model_output: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """What a step is made of, by the names in its coefficients, and the predicted data as samples are."""
+        values = {"sample": sample, "output": model_output}
+        values["x0"] = combine(call.x0, values)
+        prediction = basis.from_basis(values["x0"])
+        config = self._internal_dict
+        if config["clip_sample"] or config["thresholding"]:
+            prediction = clipped(prediction, config)
+            values["x0"] = basis.to_basis(prediction)
+        if call.eps:
+            values["eps"] = combine(call.eps, values)
+        if self._held is not None:
+            values["held"] = self._held
+        if call.velocity:
+            if (drift := self._drift) is not None:
+                key = ("mean", sample.device, sample.dtype)
+                values["mean"] = self._cached(key, lambda: drift.data_mean.to(sample.device, sample.dtype))
+            values["velocity"] = combine(call.velocity, values)
+        if self._solver.multistep:
+            latest = call.extrapolated
+            for j, older in enumerate(self._history, 1):
+                values[f"{latest}_{j}"] = older
+            self._history.appendleft(values[latest])
+        return values, prediction
+
     def _get_variance(
         self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: str | None = None
     ) -> Tensor:
         """What `DDPMScheduler` gives by this name, which others ask for: of the `ddpm` step from `t` the variance, its
         root for `fixed_small_log`, and its logarithm for `fixed_large_log` and `learned_range`.
         """
-        lam, kind = self._rates().lam, variance_type or self._internal_dict["variance_type"]
-        g, scale = self._rates().at(np.array([float(t), float(self.previous_timestep(t))]))
+        lam, kind = self._process().lam, variance_type or self._internal_dict["variance_type"]
+        g, scale = self._process().at(np.array([float(t), float(self.previous_timestep(t))]))
         small = (scale[1] ** 2 * process.posterior(lam, *g)[2]).clamp(min=1e-20).float()
         large = (scale[1] ** 2 * process.variance(lam, g[0] - g[1])).float()
         if kind in LEARNED and predicted_variance is not None:
@@ -600,14 +519,3 @@ class VSDMScheduler(ForwardProcess):
             return 2 * learned_std(kind, predicted_variance, small.log(), large.log()).log()
         others = {"fixed_small_log": small.sqrt(), "fixed_large": large, "fixed_large_log": large.log()}
         return others.get(kind, small)
-
-    def _clip(self, x0: Tensor) -> Tensor:
-        """Static clipping, or dynamic thresholding (Saharia et al. 2022, section 2.3), of the predicted data."""
-        config = self._internal_dict
-        if config["thresholding"]:
-            quantile = torch.quantile(x0.abs().flatten(1).float(), config["dynamic_thresholding_ratio"], dim=1)
-            bound = quantile.clamp(1, config["sample_max_value"]).reshape(-1, *[1] * (x0.ndim - 1)).to(x0.dtype)
-            return x0.clamp(-bound, bound) / bound
-        if config["clip_sample"]:
-            return x0.clamp(-config["clip_sample_range"], config["clip_sample_range"])
-        return x0

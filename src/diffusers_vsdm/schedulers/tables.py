@@ -1,5 +1,6 @@
 """The numbers of a sampling run: made once in double precision, cast, and read call by call."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,3 +141,12 @@ def learned_std(variance_type: str, predicted: Tensor, log_small: float | Tensor
         return predicted.sqrt()
     weight = (predicted + 1) / 2
     return torch.exp(0.5 * (weight * log_large + (1 - weight) * log_small))
+
+
+def clipped(x0: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """The predicted data by dynamic thresholding (Saharia et al. 2022, section 2.3), or else statically clipped."""
+    if not config["thresholding"]:
+        return x0.clamp(-config["clip_sample_range"], config["clip_sample_range"])
+    quantile = torch.quantile(x0.abs().flatten(1).float(), config["dynamic_thresholding_ratio"], dim=1)
+    bound = quantile.clamp(1, config["sample_max_value"]).reshape(-1, *[1] * (x0.ndim - 1)).to(x0.dtype)
+    return x0.clamp(-bound, bound) / bound

@@ -37,7 +37,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import RunConfig
-from .setup import FUSED, as_it_is, build_accelerator, build_scheduler, seed_dropout
+from .setup import as_it_is, build_accelerator, build_optimizer, build_scheduler, seed_dropout
 from .sharding import gathered, is_sharded, laid_out_like, split_like, whole_network
 
 
@@ -145,14 +145,7 @@ class BaseTrainer(ABC):
         if config.ddpm_num_inference_steps:  # or else it would be found out after hours
             VSDMScheduler.from_config(self.scheduler.config).set_timesteps(config.ddpm_num_inference_steps)
         self.network = self._build_network()
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.adam_weight_decay,
-            fused=self.accelerator.device.type in FUSED,
-        )
+        self.optimizer = build_optimizer(config, self.network, config.learning_rate, self.accelerator.device)
         # stepped by hand, once for each step of the optimizer, whatever the processes and the accumulation
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler,

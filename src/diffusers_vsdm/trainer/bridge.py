@@ -62,7 +62,7 @@ from .checkpoint import (
 from .config import TrainingConfig, setting
 from .loop import train
 from .processes import process_state
-from .setup import FUSED, build_accelerator, build_data, build_network, mirrored, on_device, seed_dropout
+from .setup import build_accelerator, build_data, build_network, build_optimizer, mirrored, on_device, seed_dropout
 from .sharding import laid_out_like
 
 
@@ -428,14 +428,7 @@ class BridgeTrainer:
     def _side(self, network: ModelMixin) -> _Side:
         config = self.config
         network.train()
-        optimizer = torch.optim.AdamW(
-            network.parameters(),
-            config.bridge_learning_rate,
-            (config.adam_beta1, config.adam_beta2),
-            config.adam_epsilon,
-            config.adam_weight_decay,
-            fused=self.accelerator.device.type in FUSED,
-        )
+        optimizer = build_optimizer(config, network, config.bridge_learning_rate, self.accelerator.device)
         return _Side(network, optimizer, EMAModel(network.parameters(), config.bridge_ema_decay, foreach=True))
 
     def _in_precision(self, policy: Policy) -> Policy:

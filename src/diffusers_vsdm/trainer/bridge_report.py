@@ -1,6 +1,5 @@
 """The output of a bridge's run: pipeline, metrics.json, samples.png and the model card."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ..data import sample_toy
-from ..files import write_atomically
 from ..hub.cards import render_card
 from ..hub.remote_code import write_remote_code
 from ..metrics.transport import normalized_path_energy, wasserstein2
@@ -17,7 +15,7 @@ from ..schedulers import VSDMScheduler
 from .bridge import BridgeConfig, BridgeResult
 from .evaluation import likelihood_data, measure_likelihood
 from .pictures import EVALUATION_SEED, picture_paths, picture_samples
-from .report import versions
+from .report import write_record
 
 
 FLOW_STEPS = 50  # of heun, or as many as training times
@@ -102,8 +100,7 @@ def write_bridge_report(result: BridgeResult) -> dict[str, Any]:
         if config.likelihood_samples and not config.prior_dataset_name:
             points = likelihood_data(config, None, config.likelihood_samples, config.seed)
             metrics["likelihood"] = measure_likelihood(pipeline, points, seed=config.seed)
-    record = {"metrics": metrics, "config": config.public(), "command": config.command(), "versions": versions()}
-    write_atomically(folder / "metrics.json", (json.dumps(record, indent=2) + "\n").encode())
+    record = write_record(config, metrics)
     render_card(folder, record)
     write_remote_code(folder, type(pipeline).__name__)
     return record

@@ -68,6 +68,20 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
+def build_optimizer(
+    config: RunConfig, network: torch.nn.Module, learning_rate: float, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW with the settings' own numbers."""
+    return torch.optim.AdamW(
+        network.parameters(),
+        lr=learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+        fused=device.type in FUSED,
+    )
+
+
 def seed_dropout(seed: int, device: torch.device) -> None:
     """The randomness that networks draw by themselves, from another stream than generators of this seed."""
     seed = int(np.random.SeedSequence([seed, 1]).generate_state(1, np.uint64)[0] >> np.uint64(1))

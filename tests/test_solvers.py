@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import statistics
+import warnings
 
 import pytest
 import torch
@@ -354,3 +355,27 @@ def test_stiff_processes_are_sampled_in_every_precision(rule, lam, share, predic
         samples.append(x.double())
     scale = problem.variance.sqrt() + problem.mean.abs()
     assert ((samples[1] - samples[0]).abs() / scale).max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solvers_that_would_drown_in_rounding_say_so(solver):
+    """Of N(0, 1) with an exact network, where lambda * g is 4 (no word) and 150: a result, or a warning."""
+    for lam, is_strong in ((1.0, False), (40.0, True)):
+        scheduler = VSDMScheduler.from_power_law(0.1, 10.0, solver=solver, prediction_type="v_prediction")
+        drift = AdaptiveDiagonalDrift((1,))
+        drift.set_lambda(lam)
+        drift.fit_moments(torch.tensor([[-1.0], [1.0]]) / 2**0.5)
+        scheduler.set_drift(drift)
+        scheduler.set_timesteps(18)
+        x = scheduler.sample_prior((2000, 1), torch.Generator().manual_seed(0))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for k in scheduler.timesteps:
+                a, s = (float(scale) for scale in scheduler.marginal_scales(x, k))
+                # E[x0 | x] = a x / (a^2 + s^2)
+                x0 = a * x / (a**2 + s**2)
+                eps = s * x / (a**2 + s**2)
+                x = scheduler.step(a * eps - s * x0, k, x, generator=torch.Generator().manual_seed(int(k))).prev_sample
+        told = any("steps by the predicted noise" in str(w.message) for w in caught)
+        assert not told or is_strong
+        assert told or 0.6 < float(x.std()) < 1.2

@@ -30,6 +30,7 @@ logger = logging.get_logger(__name__)
 
 PRIORS = ("conditional", "marginal", "standard")
 FINAL_SIGMAS = ("zero", "sigma_min")
+MOST_ROUNDING = 0.1  # of a sample
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -349,7 +350,16 @@ class VSDMScheduler(NamedProcesses, ForwardProcess):
             ones = [1] * (lam.ndim - self._process().lam.ndim)
             g, scale = (x.reshape(*x.shape, *ones) for x in (g, scale))
             rule = (self._solver, config["solver_order"], self.parameterization)
-            return make_calls(*rule, lam, g, scale, data_variance, config["variance_type"], device, dtype)
+            calls = make_calls(*rule, lam, g, scale, data_variance, config["variance_type"], device, dtype)
+            signal = float(self._process().scales(self._grid[self._first_index : self._first_index + 1])[0].min())
+            if calls[0].eps and calls[0].is_defined and signal < torch.finfo(dtype).eps / MOST_ROUNDING:
+                warnings.warn(
+                    f"`solver` {config['solver']!r} steps by the predicted noise, and the least signal at the start is"
+                    f" {signal:.1g}: rounding grows by its inverse. Use 'dpmsolver++', 'unipc', 'trig-fitted', 'ddim'"
+                    " or 'ddpm', or a smaller lambda * g.",
+                    stacklevel=3,
+                )
+            return calls
 
         return self._cached(("calls", device, dtype, self._first_index), make)
 

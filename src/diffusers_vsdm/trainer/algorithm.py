@@ -477,7 +477,7 @@ class BaseTrainer(ABC):
         if self.ema is not None:
             device = self.accelerator.device
             shadow = [
-                split_like(tensors[f"ema.{i}"].to(device), known) for i, known in enumerate(self.ema.shadow_params)
+                laid_out_like(tensors[f"ema.{i}"].to(device), known) for i, known in enumerate(self.ema.shadow_params)
             ]
             self.ema.load_state_dict(numbers["ema"] | {"shadow_params": shadow})
         self.lambdas = list(tensors["lambdas"])

@@ -19,12 +19,16 @@ def averaged(network: torch.nn.Module, ema: EMAModel | None) -> Iterator[torch.n
         yield whole_network(network, ema)
         return
     network.eval()
-    if ema is None:
+    _exchange(network, ema)
+    try:
         yield network
-    else:
-        parameters = [parameter.detach() for parameter in network.parameters()]
-        raw = [parameter.clone() for parameter in parameters]  # EMAModel would keep them on the host
-        ema.copy_to(network.parameters())
-        yield network
-        torch._foreach_copy_(parameters, raw)
-    network.train()
+    finally:
+        _exchange(network, ema)
+        network.train()
+
+
+def _exchange(network: torch.nn.Module, ema: EMAModel | None) -> None:
+    """Weights and averages change places, without a copy of either."""
+    if ema is not None:
+        for parameter, mean in zip(network.parameters(), ema.shadow_params, strict=True):
+            parameter.data, mean.data = mean.data, parameter.data

@@ -151,6 +151,43 @@ def test_the_axes_are_learned(start):
     assert plain.max() / plain.min() < 0.6 * straight.diagonal().max() / straight.diagonal().min()
 
 
+def test_the_inner_products_gradient_is_the_formulas_symmetric_part():
+    drift = dense(random_matrix(0))
+    approximation = StochasticApproximation(drift, G, zeta=0.75, zeta_placement="inner_product", clip=100.0)
+    score_x, x_x = torch.randn(3, 3).double(), random_matrix(2)
+    a = (torch.eye(3).double() - torch.diag(drift.lam)) / 2
+    expected = torch.eye(3).double() + 0.75 * score_x + 0.25 * a @ x_x
+    expected = (expected + expected.T) / 2
+    torch.testing.assert_close(approximation._gradient(score_x, x_x), expected)
+    # clipped, it keeps its axes
+    values, vectors = torch.linalg.eigh(expected)
+    assert values.min() < -0.5 and values.max() > 0.5
+    approximation.clip = 0.5
+    clipped = vectors @ torch.diag(values.clamp(-0.5, 0.5)) @ vectors.T
+    torch.testing.assert_close(approximation._gradient(score_x, x_x), clipped)
+
+
+def test_the_clip_is_of_eigenvalues():
+    """Which neither shortens a gradient in all of its axes nor turns it."""
+    approximation = StochasticApproximation(dense(torch.eye(2).double()), G, zeta=0.75, clip=1.0)
+    turn = rotation(30)
+    for value, clipped in ((3.0, 1.0), (-3.0, -1.0), (0.9, 0.9)):
+        gradient, expected = (turn @ torch.diag(torch.tensor([v, -0.2]).double()) @ turn.T for v in (value, clipped))
+        found = approximation._gradient(gradient - 0.75 * torch.eye(2), torch.eye(2).double())
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_gradient_that_keeps_its_direction_while_the_axes_turn_changes_no_sign():
+    drift = AdaptiveDiagonalDrift((2,), basis="dense")
+    approximation = StochasticApproximation(drift, G, step_count="sign_changes")
+    pull, counts = torch.diag(torch.tensor([1.0, -1.0]).double()), []  # along the axes of the samples
+    for degrees, gradient in ((0, pull), (60, pull), (60, -pull)):
+        drift.rotation.copy_(rotation(degrees))
+        counts.append(int(approximation._count(drift.rotation @ gradient @ drift.rotation.T)))
+        torch.testing.assert_close(approximation.last_gradient, gradient)
+    assert counts == [1, 1, 2]
+
+
 def test_the_minimizer_solves_its_equation():
     """(A M + M A) / 2 = -I - sym S + (A_k M + M A_k) / 2."""
     drift = dense(random_matrix(0))

@@ -49,6 +49,20 @@ def test_score_weighting_is_eq_16_as_printed():
     torch.testing.assert_close(likelihood, (rates * (prediction - eps) ** 2 / s**2).mean(), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("name", ["epsilon", "sample", "v_prediction"])
+def test_min_snr_is_that_of_hang_et_al(name):
+    """min(SNR, 5) on the error of the data, and what that is on the error of the noise and of v."""
+    x0, eps = batch()
+    scheduler = scheduler_for(ANISOTROPIC, prediction_type=name)
+    a, s = scheduler.marginal_scales(x0, K)
+    snr = (a / s) ** 2
+    assert snr.min() < 1 and snr.max() > 20
+    per_unit = {"epsilon": s / a, "sample": torch.ones_like(s), "v_prediction": s / (a**2 + s**2)}  # of x0
+    target = scheduler.parameterization.target(x0, eps, a, s)
+    loss = denoising_score_matching(scheduler, target + 1, x0, eps, K, "min_snr")
+    torch.testing.assert_close(loss, (snr.clamp(max=5) * per_unit[name] ** 2).mean())
+
+
 def test_simple_is_the_mean_squared_error_of_the_target():
     x0, eps = batch()
     scheduler = scheduler_for(ANISOTROPIC, prediction_type="v_prediction")

@@ -293,26 +293,63 @@ def test_the_error_falls_with_the_step_size():
     assert float((errors - etas).exp().mean()) == pytest.approx(noise / (2 * slope), rel=0.3)
 
 
-@pytest.mark.parametrize("basis, num_times", [("identity", None), ("dense", None), ("identity", N)])
-def test_data_calibrate_a_biased_score(basis, num_times):
-    """IPF with a score that is too large near the data, as a network's may be: samples take it out again."""
+def first_stage(basis, num_times, factor, until, calibrate):
+    """Of IPF, with a score that is too large by a factor before a training time; with samples of the data or not."""
     data = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0)) * VARIANCE.sqrt().float()
     one = torch.ones((), dtype=torch.float64)
+    drift = AdaptiveDiagonalDrift((2,), basis=basis, num_times=num_times)
+    drift.data_variance.copy_(VARIANCE)
 
-    def learned(factor, data):
-        drift = AdaptiveDiagonalDrift((2,), basis=basis, num_times=num_times)
-        drift.data_variance.copy_(VARIANCE)
+    def score(x, k):
+        variance = process.mean_scale(one, G[k]) ** 2 * VARIANCE + process.variance(one, G[k])
+        return (-(factor if k < until else 1.0) * x.double() / variance).float()
 
-        def score(x, k):
-            variance = process.mean_scale(one, G[k]) ** 2 * VARIANCE + process.variance(one, G[k])
-            return (-(factor if k < 10 else 1.0) * x.double() / variance).float()
+    approximation = StochasticApproximation(drift, G, zeta=1.0, update="ipf", num_trajectories=20_000)
+    return approximation.update(score, data=data if calibrate else None)
 
-        approximation = StochasticApproximation(drift, G, zeta=1.0, update="ipf", num_trajectories=20_000)
-        approximation.update(score, data=data)
-        return drift.lam
 
-    exact = learned(1.0, None)
-    torch.testing.assert_close(learned(1.0, data), exact, rtol=0.05, atol=0.05)
+WAYS_TO_CALIBRATE = pytest.mark.parametrize("basis, num_times", [("identity", None), ("dense", None), ("identity", N)])
+
+
+@WAYS_TO_CALIBRATE
+def test_data_calibrate_a_biased_score(basis, num_times):
+    """IPF with a score that is too large near the data, as a network's may be: samples take it out again."""
+    exact = first_stage(basis, num_times, 1.0, 10, False).lam
+    torch.testing.assert_close(first_stage(basis, num_times, 1.0, 10, True).lam, exact, rtol=0.05, atol=0.05)
     if num_times is not None:
-        calibrated, plain = ((learned(1.2, d) - exact).abs().mean() for d in (data, None))
+        calibrated, plain = (
+            (first_stage(basis, num_times, 1.2, 10, calibrate).lam - exact).abs().mean() for calibrate in (True, False)
+        )
         assert calibrated < 0.5 * plain
+
+
+@WAYS_TO_CALIBRATE
+def test_data_divide_the_moment_by_how_much_too_large_the_score_is(basis, num_times):
+    """Of a score that is 1.2 times the exact one E[score x] is -1.2 under the forward process, by Stein."""
+    calibrated, plain = (first_stage(basis, num_times, 1.2, N, calibrate).score_x for calibrate in (True, False))
+    torch.testing.assert_close(1.2 * calibrated, plain, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("wrong", [lambda x, k: torch.zeros(len(x), 1), lambda x, k: (x, x)])
+def test_a_score_of_another_shape_is_refused(wrong):
+    """And not broadcast."""
+    approximation = StochasticApproximation(AdaptiveDiagonalDrift((2,)), G, num_trajectories=4)
+    with pytest.raises(ValueError, match=r"`score`.*\(4, 2\)"):
+        approximation.update(wrong)
+
+
+@pytest.mark.parametrize("prior_variance", [1.0, None])
+def test_lambda_over_brownian_motion_carries_the_data_to_the_prior_that_is_named(prior_variance):
+    """With zeta 1 and the exact score: to N(0, 1), or to the reference's own end, N(0, g_T)."""
+    g = 0.3 * torch.sin(0.5 * torch.pi * T) ** 2
+    drift = AdaptiveDiagonalDrift((2,))
+    drift.set_lambda(3.0)
+    settings = {"zeta": 1.0, "variance_exploding": True, "prior_variance": prior_variance, "num_trajectories": 2000}
+    approximation = StochasticApproximation(drift, g, **settings)
+    for _ in range(60):
+        approximation.update(lambda x, k: DiagonalGaussian(MEAN, VARIANCE, drift.lam).score(x.double(), g[k]).float())
+    _, end = DiagonalGaussian(MEAN, VARIANCE, drift.average()).moments(g[-1])
+    wanted = prior_variance or 0.3
+    # of the narrow axis the variance cannot rise to 1: lambda sinks instead
+    assert abs(float(end[1]) / wanted - 1) < 0.15
+    assert (drift.average()[0] < 0.1) == (wanted > 0.9)

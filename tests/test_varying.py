@@ -155,6 +155,25 @@ def test_what_has_no_fixed_point_is_refused():
         StochasticApproximation(AdaptiveDiagonalDrift((2,)), g, update="newton")
 
 
+@pytest.mark.parametrize("prior", ["conditional", "marginal"])
+def test_simulation_starts_from_its_prior(prior):
+    """Moments by recursion over the intervals; the noise is that of a start at N(0, I)."""
+    g = process.power_law_integrated_beta(torch.arange(1, N + 1, dtype=torch.float64) / N, 0.1, 8.0, 1.7)
+
+    def start(prior):
+        drift, starts = varying_drift(rising()), []
+        approximation = StochasticApproximation(drift, g, zeta=1.0, prior=prior, num_trajectories=8)
+        approximation.update(lambda x, k: starts.append(x) or -x)
+        return starts[0]
+
+    mean, variance = (MEAN, VARIANCE) if prior == "marginal" else (0 * MEAN, 0 * VARIANCE)
+    for lam, dg in zip(rising(), torch.diff(g, prepend=g.new_zeros(1)), strict=True):
+        decay = torch.exp(-lam * dg)
+        mean, variance = decay.sqrt() * mean, decay * variance + (1 - decay) / lam
+    expected = mean + variance.sqrt() * start("standard")
+    torch.testing.assert_close(start(prior).double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def learn_bridge(update, stages, num_trajectories, seed=0):
     """IPF with the exact score of Gaussian data: relative error of A_t in L2(dg), after each stage."""
     g = torch.arange(1, N + 1, dtype=torch.float64) / N

@@ -18,7 +18,7 @@ from diffusers_vsdm.trainer.processes import process_state
 
 def main() -> None:
     """Parse the command line, train, and report."""
-    with told(ValueError, OSError, FloatingPointError):
+    with told(ValueError, OSError, ImportError, FloatingPointError):
         config, repo_id = parse(BridgeConfig, __doc__)
         result = train_bridge(config, start_folder=Path(config.output_dir) / "start")
     process_state().destroy_process_group()

@@ -356,7 +356,7 @@ class BridgeTrainer:
 
     def _check_size(self, path: Tensor, start: Tensor) -> None:
         """Refuse paths that are finite and blown up all the same."""
-        ends = [start, self._ends(FORWARD, len(start)), self._ends(BACKWARD, len(start))]
+        ends = [start, *(self._ends(direction, 64) for direction in self.sides)]  # few tell the scale
         most, largest = MOST_AWAY * max(float(end.abs().max()) for end in ends), float(path.abs().max())
         if largest > most:
             raise FloatingPointError(f"The paths go as far as {largest:.3g}, and the ends to {most / MOST_AWAY:.3g}.")

@@ -19,16 +19,14 @@ def averaged(network: torch.nn.Module, ema: EMAModel | None) -> Iterator[torch.n
         yield whole_network(network, ema)
         return
     network.eval()
-    _exchange(network, ema)
+    parameters = [parameter.detach() for parameter in network.parameters()]
+    # EMAModel would keep them on the host
+    raw = [] if ema is None else [parameter.clone() for parameter in parameters]
+    if ema is not None:
+        ema.copy_to(network.parameters())
     try:
         yield network
     finally:
-        _exchange(network, ema)
+        if raw:
+            torch._foreach_copy_(parameters, raw)
         network.train()
-
-
-def _exchange(network: torch.nn.Module, ema: EMAModel | None) -> None:
-    """Weights and averages change places, without a copy of either."""
-    if ema is not None:
-        for parameter, mean in zip(network.parameters(), ema.shadow_params, strict=True):
-            parameter.data, mean.data = mean.data, parameter.data

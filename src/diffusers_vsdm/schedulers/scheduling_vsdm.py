@@ -357,7 +357,7 @@ class VSDMScheduler(NamedProcesses, ForwardProcess):
                     f"`solver` {config['solver']!r} steps by the predicted noise, and the least signal at the start is"
                     f" {signal:.1g}: rounding grows by its inverse. Use 'dpmsolver++', 'unipc', 'trig-fitted', 'ddim'"
                     " or 'ddpm', or a smaller lambda * g.",
-                    stacklevel=3,
+                    stacklevel=5,  # whoever calls `step`
                 )
             return calls
 

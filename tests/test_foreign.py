@@ -8,7 +8,6 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
 )
 from diffusers.utils import logging
 
@@ -104,8 +103,3 @@ def test_a_few_keys_written_by_hand_are_no_foreign_configuration():
         k: ours.config[k] for k in ("solver", "time_grid", "clip_sample")
     }
     torch.testing.assert_close(back.integrated_beta, ours.integrated_beta)
-
-
-def test_flow_matching_through_a_pipeline_s_swap_says_what_to_do():
-    with pytest.raises(ValueError, match="another class.*beta_schedule"):
-        VSDMScheduler.from_config(FlowMatchEulerDiscreteScheduler().config, solver="dpmsolver++")

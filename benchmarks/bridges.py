@@ -67,7 +67,13 @@ AS_MANY = {"SB-FBSDE, joint, as many steps": METHODS["SB-FBSDE, joint"] | {"brid
 DEFAULTS = {"SB-FBSDE, matching, longer": {"objective": "matching", "beta_max": 3.0, "baseline": "sgm"}}
 # the noise is small beside the distances, and the half bridges' iterations are slow to converge
 PATIENT = {"SB-FBSDE, matching, 12 stages": METHODS["SB-FBSDE, matching"] | {"bridge_stages": 12}}
-EXTRA = {"spiral-8y": SHORTER, "8gaussians": DEFAULTS | AS_MANY, "moons to 8gaussians, wide": PATIENT}
+EXTRA = {
+    "spiral-8y": SHORTER,
+    "8gaussians": DEFAULTS | AS_MANY,
+    "moons": AS_MANY,
+    "checkerboard": AS_MANY,
+    "moons to 8gaussians, wide": PATIENT,
+}
 TOYS = ("8gaussians", "moons", "checkerboard", "spiral-8y")
 BETWEEN: dict[str, dict[str, Any]] = {
     "moons to 8gaussians": {"dataset_name": "8gaussians", "prior_dataset_name": "moons", "sigma_max": 1.5},
@@ -94,16 +100,17 @@ POWER = 1.7  # of the power law
 ROWS, COLUMNS = 25, 1000  # samples of the source, and of the law given each of them
 ENDS, REFERENCE = 20_000, 100_000
 MEAN, COVARIANCE = (1.0, -0.5), ((2.0, 1.0), (1.0, 1.5))
-GAUSSIAN_METHODS = {name: KNOWN_METHODS[name] for name in HALF_BRIDGES} | {
-    f"SB-FBSDE, joint, control energy {weight}": KNOWN_METHODS["SB-FBSDE, joint"] | {"control_energy": weight}
-    for weight in (0.0, 0.1, 1.0)
-}
 TURNING = 2.0  # radians in a unit of g: turned paths end in the same Gaussian
-GAUSSIAN_METHODS |= {
-    f"SB-FBSDE, joint from turning paths, control energy {weight}": KNOWN_METHODS["SB-FBSDE, joint"]
-    | {"control_energy": weight}
+JOINT = KNOWN_METHODS["SB-FBSDE, joint"]
+LENGTHS = {"": 1, ", five times as long": 5}
+GAUSSIAN_METHODS = {name: KNOWN_METHODS[name] for name in HALF_BRIDGES} | {
+    f"SB-FBSDE, joint{start}, control energy {weight}{length}": JOINT
+    | {"control_energy": weight, "bridge_steps": JOINT["bridge_steps"] * times}
+    for start in ("", " from turning paths")
     for weight in (0.0, 1.0)
+    for length, times in LENGTHS.items()
 }
+GAUSSIAN_METHODS["SB-FBSDE, joint, control energy 0.1"] = JOINT | {"control_energy": 0.1}
 
 
 def trained(config: Any, method: str) -> tuple[Any, dict[str, float]]:
@@ -171,8 +178,11 @@ def ornstein_uhlenbeck(epsilon: float) -> dict[str, Any]:
     return {"beta_power": POWER, "beta_min": beta_min, "beta_max": beta_min + (1 + POWER) * (total - beta_min)}
 
 
-TRANSPORTS = {f"d = {d}, epsilon {epsilon}": (d, epsilon, brownian) for d in DIMENSIONS for epsilon in EPSILONS} | {
-    f"d = 2, epsilon {epsilon}, VP": (2, epsilon, ornstein_uhlenbeck) for epsilon in EPSILONS
+TRANSPORTS = {
+    f"d = {d}, epsilon {epsilon}{name}": (d, epsilon, reference)
+    for name, reference in (("", brownian), (", VP", ornstein_uhlenbeck))
+    for d in DIMENSIONS
+    for epsilon in EPSILONS
 }
 
 

@@ -6,7 +6,7 @@ The script is that of a Diffusers checkout; it needs torchvision. Both train the
 the same time, on a core each, which they swap from one repeat to the next: what else slows the machine down slows
 both. The rate is that of the steps after the first few, by the times of their log entries. The peak of memory is taken
 when the script ends: a build of torch with CUDA maps in another 100 MB when the process is torn down. Writes
-`benchmarks/results/training_speed.json`.
+`benchmarks/results/training_speed.json`, where runs of a precision that is not measured again stay.
 """
 
 import argparse
@@ -106,7 +106,10 @@ def main() -> None:
     from diffusers_vsdm.models import build_model
     from diffusers_vsdm.trainer.report import versions
 
-    runs = []
+    path, runs = RESULTS / "training_speed.json", []
+    precise = {precision: {"no": "float32"}.get(precision, precision) for precision in arguments.precisions}
+    known = json.loads(path.read_text())["runs"] if path.exists() else []
+    known = [run for run in known if not run["name"].endswith(tuple(precise.values()))]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ |= {"HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
@@ -127,13 +130,12 @@ def main() -> None:
             ]
             base, metrics = map(measured, pair, own)
             metrics["relative"] = metrics["images_per_second"] / base["images_per_second"]
-            precise = {"no": "float32"}.get(precision, precision)
             for name, found in ((f"train_unconditional.py beside {variant}", base), (variant, metrics)):
-                runs.append({"name": f"{name}, {precise}", "seed": repeat, "metrics": found})
+                runs.append({"name": f"{name}, {precise[precision]}", "seed": repeat, "metrics": found})
                 print(runs[-1], flush=True)
+    used = versions() | {"torchvision": torchvision.__version__, "python": platform.python_version()}
     record = {
         "command": "python -m benchmarks.training_speed",
-        "versions": versions() | {"torchvision": torchvision.__version__, "python": platform.python_version()},
         "machine": {"cores": os.cpu_count(), "processor": platform.machine()},
         "configuration": {
             "steps": STEPS,
@@ -142,9 +144,9 @@ def main() -> None:
             "resolution": RESOLUTION,
             "network": "tiny",
         },
-        "runs": runs,
+        "runs": [run | {"versions": used} for run in runs] + known,
     }
-    (RESULTS / "training_speed.json").write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

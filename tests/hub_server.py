@@ -4,7 +4,7 @@
 
 Tokens are `token-USER`; `tests/test_hub.py` starts it. A request that has the text of the file `dies_at` in it ends
 the server. It holds what the client of huggingface_hub needs to create repositories and branches, to commit, and to
-load by name.
+load models and data sets by name.
 """
 
 import base64
@@ -52,8 +52,16 @@ def anybody(request) -> Anybody:
     return Anybody(name="anybody")
 
 
+def named(kind: str, owner: str, name: str) -> str:
+    """How a repository of `models` or `datasets` goes by."""
+    return f"{owner}/{name}" if kind == "models" else f"{kind}/{owner}/{name}"
+
+
 class Store:
-    """Bare repositories in a folder, each with a file that says whose it is."""
+    """Bare repositories in a folder, each with a file that says whether it is private.
+
+    They go by `owner/name`, or `datasets/owner/name`, as in the addresses of their files.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -70,7 +78,7 @@ class Store:
     def open(self, repo_id: str, user: str | None) -> git.Repo:
         """As on the Hub, who may not see a repository is told that it does not exist."""
         path = self.path(repo_id)
-        if not path.exists() or (self.is_private(repo_id) and user != repo_id.split("/")[0]):
+        if not path.exists() or (self.is_private(repo_id) and user != repo_id.split("/")[-2]):
             raise Refusal(401 if user is None else 404, "RepoNotFound", "Repository Not Found")
         return git.Repo(path)
 
@@ -132,7 +140,7 @@ def make_app(folder: Path, address: str):
 
     def writer(repo_id: str) -> git.Repo:
         repo = store.open(repo_id, user())
-        if user() != repo_id.split("/")[0]:
+        if user() != repo_id.split("/")[-2]:
             raise Refusal(403 if user() else 401, "", "You don't have the rights to write there")
         return repo
 
@@ -154,9 +162,9 @@ def make_app(folder: Path, address: str):
             raise Refusal(401, "", "Invalid username or password.")
         if owner != user():
             raise Refusal(403, "", f"You don't have the rights to create a model under the namespace {owner!r}")
-        repo_id = f"{owner}/{name}"
+        repo_id = named(f"{request.json.get('type', 'model')}s", owner, name)
         if store.path(repo_id).exists():
-            return jsonify(error="You already created this model repo", url=f"{address}/{repo_id}"), 409
+            return jsonify(error="You already created this repo", url=f"{address}/{repo_id}"), 409
         private = request.json.get("private") or request.json.get("visibility") == "private"
         store.create(repo_id, bool(private))
         return jsonify(url=f"{address}/{repo_id}", name=repo_id, id=repo_id)
@@ -165,54 +173,64 @@ def make_app(folder: Path, address: str):
     def validate():
         return jsonify(errors=[], warnings=[])
 
-    @app.get("/api/models/<owner>/<name>")
-    @app.get("/api/models/<owner>/<name>/revision/<path:revision>")
-    def info(owner, name, revision="main"):
-        repo_id = f"{owner}/{name}"
+    @app.get("/api/<kind>/<owner>/<name>")
+    @app.get("/api/<kind>/<owner>/<name>/revision/<path:revision>")
+    def info(kind, owner, name, revision="main"):
+        repo_id = named(kind, owner, name)
         commit = store.find(store.open(repo_id, user()), revision)
-        keys = {"id": repo_id, "modelId": repo_id, "sha": commit.hexsha, "private": store.is_private(repo_id)}
+        keys = {"id": f"{owner}/{name}", "sha": commit.hexsha, "private": store.is_private(repo_id)}
         return jsonify(**keys, tags=[], downloads=0, likes=0, siblings=files_of(commit))
 
-    @app.get("/api/models/<owner>/<name>/tree/<revision>")
-    @app.get("/api/models/<owner>/<name>/tree/<revision>/<path:below>")
-    def tree(owner, name, revision, below=""):
-        entries = files_of(store.find(store.open(f"{owner}/{name}", user()), revision))
-        return jsonify([entry for entry in entries if entry["path"].startswith(below)])
+    @app.get("/api/<kind>/<owner>/<name>/tree/<revision>")
+    @app.get("/api/<kind>/<owner>/<name>/tree/<revision>/<path:below>")
+    def tree(kind, owner, name, revision, below=""):
+        commit = store.find(store.open(named(kind, owner, name), user()), revision)
+        folders = [
+            {"type": "directory", "path": folder.path, "oid": folder.hexsha, "size": 0}
+            for folder in commit.tree.traverse()
+            if folder.type == "tree"
+        ]
+        entries = [entry for entry in folders + files_of(commit) if Path(below) in Path(entry["path"]).parents]
+        if request.args.get("recursive", "false").lower() != "true":
+            entries = [entry for entry in entries if Path(entry["path"]).parent == Path(below)]
+        if not entries:
+            raise Refusal(404, "EntryNotFound", f"{below} does not exist")
+        return jsonify(entries)
 
-    @app.post("/api/models/<owner>/<name>/paths-info/<revision>")
-    def paths_info(owner, name, revision):
+    @app.post("/api/<kind>/<owner>/<name>/paths-info/<revision>")
+    def paths_info(kind, owner, name, revision):
         wanted = request.form.getlist("paths") or (request.get_json(silent=True) or {}).get("paths", [])
-        entries = files_of(store.find(store.open(f"{owner}/{name}", user()), revision))
+        entries = files_of(store.find(store.open(named(kind, owner, name), user()), revision))
         return jsonify([entry for entry in entries if entry["path"] in wanted])
 
-    @app.get("/api/models/<owner>/<name>/refs")
-    def refs(owner, name):
-        repo = store.open(f"{owner}/{name}", user())
+    @app.get("/api/<kind>/<owner>/<name>/refs")
+    def refs(kind, owner, name):
+        repo = store.open(named(kind, owner, name), user())
         rows = [
-            [{"name": r.name, "ref": r.path, "targetCommit": r.commit.hexsha} for r in kind]
-            for kind in (repo.heads, repo.tags)
+            [{"name": r.name, "ref": r.path, "targetCommit": r.commit.hexsha} for r in references]
+            for references in (repo.heads, repo.tags)
         ]
         return jsonify(branches=rows[0], tags=rows[1], converts=[])
 
-    @app.post("/api/models/<owner>/<name>/branch/<path:branch>")
-    def branch(owner, name, branch):
-        repo = writer(f"{owner}/{name}")
+    @app.post("/api/<kind>/<owner>/<name>/branch/<path:branch>")
+    def branch(kind, owner, name, branch):
+        repo = writer(named(kind, owner, name))
         if branch in repo.heads:
             raise Refusal(409, "", "Reference already exists")
         repo.create_head(branch, store.find(repo, (request.get_json(silent=True) or {}).get("startingPoint", "main")))
         return jsonify({})
 
-    @app.post("/api/models/<owner>/<name>/tag/<path:revision>")
-    def tag(owner, name, revision):
-        repo = writer(f"{owner}/{name}")
+    @app.post("/api/<kind>/<owner>/<name>/tag/<path:revision>")
+    def tag(kind, owner, name, revision):
+        repo = writer(named(kind, owner, name))
         if request.json["tag"] in repo.tags:
             raise Refusal(409, "", "Tag already exists")
         repo.create_tag(request.json["tag"], store.find(repo, revision))
         return jsonify({})
 
-    @app.post("/api/models/<owner>/<name>/preupload/<path:revision>")
-    def preupload(owner, name, revision):
-        writer(f"{owner}/{name}")
+    @app.post("/api/<kind>/<owner>/<name>/preupload/<path:revision>")
+    def preupload(kind, owner, name, revision):
+        writer(named(kind, owner, name))
         modes = [
             {
                 "path": file["path"],
@@ -223,9 +241,9 @@ def make_app(folder: Path, address: str):
         ]
         return jsonify(files=modes)
 
-    @app.post("/api/models/<owner>/<name>/commit/<path:revision>")
-    def commit(owner, name, revision):
-        repo_id = f"{owner}/{name}"
+    @app.post("/api/<kind>/<owner>/<name>/commit/<path:revision>")
+    def commit(kind, owner, name, revision):
+        repo_id = named(kind, owner, name)
         repo, files, deleted, message = writer(repo_id), {}, [], ""
         for line in request.get_data().splitlines():
             entry = json.loads(line)
@@ -245,8 +263,9 @@ def make_app(folder: Path, address: str):
         return jsonify(success=True, commitOid=oid, commitUrl=f"{address}/{repo_id}/commit/{oid}", hookOutput="")
 
     @app.route("/<owner>/<name>/resolve/<revision>/<path:path>", methods=["GET", "HEAD"])
-    def resolve(owner, name, revision, path):
-        repo_id = f"{owner}/{name}"
+    @app.route("/<kind>/<owner>/<name>/resolve/<revision>/<path:path>", methods=["GET", "HEAD"])
+    def resolve(owner, name, revision, path, kind="models"):
+        repo_id = named(kind, owner, name)
         commit = store.find(store.open(repo_id, user()), revision)
         entry = next((entry for entry in files_of(commit) if entry["path"] == path), None)
         if entry is None:

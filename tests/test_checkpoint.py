@@ -243,7 +243,7 @@ def _two_processes(folder, batch_size, stage_only):
     config = tiny(folder, train_batch_size=batch_size)
     trainer = Trainer(config)
     if stage_only:
-        output = trainer._stage()
+        output = trainer._stage(trainer.approximation)
         result = [output.lam, output.score_x]
     else:
         result = [trainer.train().lambdas, *(p.detach() for p in trainer.network.parameters())]

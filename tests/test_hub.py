@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from huggingface_hub import HfApi, ModelCard, constants
@@ -21,6 +22,8 @@ from .hub_server import Hub
 from .processes import ROOT, run_python
 from .test_bridge_trainer import tiny as tiny_bridge
 from .test_classes import conditional
+from .test_images import TINY as TINY_IMAGES
+from .test_images import picture
 from .test_pipeline import generator
 from .test_ways_in import SAMPLE, WAYS
 
@@ -297,3 +300,29 @@ def test_a_damaged_file_is_named(hub, client, trained, tmp_path):
     code = "from diffusers_vsdm import VSDMPipeline; VSDMPipeline.from_pretrained('alice/damaged')"
     outcome = run_python(["-c", code], tmp_path, hub.environment(tmp_path / "home"))
     assert outcome.returncode and "drift_sha256 differs" in outcome.stderr
+
+
+def test_trains_on_a_data_set_by_its_name(hub, tmp_path):
+    """As image data sets are kept on the Hub, tables of pictures for each split; the same run as from the folder."""
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(2)})
+    for split, seeds in {"train": range(9), "test": range(20, 23)}.items():
+        rows = {"img": [picture(seed) for seed in seeds], "label": [seed % 2 for seed in seeds]}
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / f"rows/data/{split}-00000-of-00001.parquet")
+    hub.api().create_repo("alice/pictures", repo_type="dataset", private=True)
+    hub.api().upload_folder(repo_id="alice/pictures", repo_type="dataset", folder_path=tmp_path / "rows")
+
+    settings = TINY_IMAGES | {"model": "tiny", "class_conditional": True}
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    flags += ["--dataset_name=alice/pictures", "--output_dir=model"]
+    outcome = run_python([SCRIPT, *flags], tmp_path, hub.environment(tmp_path / "home"))
+    assert outcome.returncode == 0, outcome.stderr
+    found = json.loads((tmp_path / "model" / "metrics.json").read_text())["metrics"]
+    local = train(
+        TrainingConfig(train_data_dir=str(tmp_path / "rows"), output_dir=str(tmp_path / "other"), **settings)
+    )
+    assert found["final_loss"] == pytest.approx(local.final_loss, rel=1e-4)
+
+    # a private one is none for others
+    code = "from diffusers_vsdm.data import load_images; load_images('alice/pictures')"
+    outcome = run_python(["-c", code], tmp_path, hub.environment(tmp_path / "bob", "bob"))
+    assert "'alice/pictures' could not be loaded" in outcome.stderr.splitlines()[-1]

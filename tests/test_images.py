@@ -131,15 +131,17 @@ def test_a_damaged_file_is_named(folder):
         data.__getitems__(list(range(12)))
 
 
-def test_a_file_that_is_damaged_in_mid_training_is_named(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_damaged_in_mid_training_is_named(folder, tmp_path, monkeypatch, workers):
     def trainer(config):
         made = Trainer(config)
         (folder / "4.png").write_bytes(b"not a picture")
         return made
 
-    settings = TINY | {"train_data_dir": folder, "output_dir": tmp_path / "model"}
+    settings = TINY | {"train_data_dir": folder, "output_dir": tmp_path / "model", "dataloader_num_workers": workers}
     monkeypatch.setattr("sys.argv", ["train_vsdm.py", *(f"--{name}={value}" for name, value in settings.items())])
-    with pytest.raises(SystemExit, match=r"train_vsdm.py: Image 4 of column 'image' \(.*/4.png\) is damaged"):
+    said = r"^train_vsdm.py: Image 4 of column 'image' \(.*/4.png\) is damaged \([^\n]*\): remove it\.$"
+    with pytest.raises(SystemExit, match=said):
         command_line.train(TrainingConfig, trainer, lambda trainer, result: {}, None)
 
 
@@ -324,6 +326,24 @@ def test_starts_from_a_ddpm_pipeline(folder, tmp_path):
     result.pipeline.save_pretrained(tmp_path / "vsdm")
     with pytest.raises(ValueError, match="learned drift"):
         train_tiny(folder, tmp_path / "other", **start | {"pretrained_model_name_or_path": str(tmp_path / "vsdm")})
+
+
+def test_starts_from_a_pipeline_without_a_signal_at_its_last_time(folder, tmp_path):
+    """Zero terminal SNR: the process reaches the prior at every lambda, and lambda = 1 goes on as it is."""
+    stock = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", num_train_timesteps=50)
+    DDPMPipeline(build_model("tiny", (3, 8, 8), 1000), stock).save_pretrained(tmp_path / "ddpm")
+    start = {"pretrained_model_name_or_path": str(tmp_path / "ddpm"), "ddpm_num_steps": 100}
+    with pytest.raises(ValueError, match="no signal at its last training time.*take `--baseline sgm`"):
+        train_tiny(folder, tmp_path / "learned", **start)
+    start |= {"baseline": "sgm", "checkpointing_steps": 6}
+    with pytest.raises(ValueError, match="'v_prediction' with `solver` 'heun' is undefined: use .* 'ddim'"):
+        train_tiny(folder, tmp_path / "undefined", **start, solver="heun")
+    start["solver"] = "ddim"
+    trainer, result = train_tiny(folder, tmp_path / "model", **start)
+    assert torch.isinf(trainer.scheduler.integrated_beta[-1]) and torch.isfinite(trainer.losses).all()
+    assert np.isfinite(result.pipeline(2, num_inference_steps=5, output_type="np").images).all()
+    resumed, _ = train_tiny(folder, tmp_path / "model", **start, resume_from_checkpoint="checkpoint-6")
+    assert torch.equal(resumed.losses, trainer.losses)
 
 
 def test_images_are_mirrored_in_half_of_the_draws(folder, tmp_path):

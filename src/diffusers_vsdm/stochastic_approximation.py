@@ -152,6 +152,11 @@ class StochasticApproximation:
         seed: int = 0,
     ):
         g = torch.as_tensor(integrated_beta, dtype=torch.float64).cpu()
+        if torch.isposinf(g).any():
+            raise ValueError(
+                "The process has no signal at its last training time (zero terminal SNR): it reaches the prior with"
+                " every lambda, and there is none to learn. Leave it at 1: in training take `--baseline sgm`."
+            )
         if g.ndim != 1 or not (torch.diff(g, prepend=g.new_zeros(1)) > 0).all() or not torch.isfinite(g).all():
             raise ValueError("`integrated_beta` must be a finite, positive and increasing table of shape (N,).")
         self.process = DiscreteProcess(drift.lam, g, drift.num_times is not None)
@@ -205,6 +210,19 @@ class StochasticApproximation:
         self.g = g[self.timesteps]
         self.g_next = torch.cat([self.g[1:], g.new_zeros(1)])
         self.weights = ((self.g - self.g_next) / self.g[0]).tolist()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a stage leaves for the next one, but for the drift, which has a state of its own."""
+        return {
+            "counts": torch.tensor([self.num_stages, self.num_skipped]),
+            "sign_changes": self.sign_changes,
+            "last_gradient": self.last_gradient,
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a [`state_dict`]."""
+        self.num_stages, self.num_skipped = state["counts"].tolist()
+        self.sign_changes, self.last_gradient = state["sign_changes"], state["last_gradient"]
 
     def step_size(self, count: int | Tensor) -> float | Tensor:
         r"""$\eta_k$ at k = `count`, from 1."""

@@ -26,7 +26,13 @@ MOST = 255  # of 8 bits
 
 
 class DamagedImageError(ValueError):
-    """An image that cannot be used; the message names it."""
+    """An image that cannot be used; the message names it.
+
+    A `DataLoader` raises the error of its worker anew, with the whole traceback in the message: its last line is kept.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip("\n"))
 
 
 class ImageDataset(Dataset):

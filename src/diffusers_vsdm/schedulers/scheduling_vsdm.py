@@ -352,7 +352,8 @@ class VSDMScheduler(NamedProcesses, ForwardProcess):
             rule = (self._solver, config["solver_order"], self.parameterization)
             calls = make_calls(*rule, lam, g, scale, data_variance, config["variance_type"], device, dtype)
             signal = float(self._process().scales(self._grid[self._first_index : self._first_index + 1])[0].min())
-            if calls[0].eps and calls[0].is_defined and signal < torch.finfo(dtype).eps / MOST_ROUNDING:
+            by_noise = calls[0].is_defined and calls[0].eps and "x0" not in calls[0].terms
+            if by_noise and signal < torch.finfo(dtype).eps / MOST_ROUNDING:
                 warnings.warn(
                     f"`solver` {config['solver']!r} steps by the predicted noise, and the least signal at the start is"
                     f" {signal:.1g}: rounding grows by its inverse. Use 'dpmsolver++', 'unipc', 'trig-fitted', 'ddim'"
@@ -463,7 +464,8 @@ class VSDMScheduler(NamedProcesses, ForwardProcess):
             raise ValueError(
                 f"`timestep` {float(timestep):g} has no signal left (zero terminal SNR, or lambda * g too large):"
                 f" there `prediction_type` {self._internal_dict['prediction_type']!r} with `solver`"
-                f" {self._internal_dict['solver']!r} is undefined: use 'v_prediction' or 'sample' with 'ddpm'."
+                f" {self._internal_dict['solver']!r} is undefined: use 'v_prediction' or 'sample', and 'ddpm', 'ddim',"
+                " 'dpmsolver++', 'unipc' or 'trig'."
             )
         basis = self._basis(sample, self._cached("lambda_of_step", self._lambda_of_step)[0])
         sample, model_output = basis.to_basis(sample), basis.to_basis(model_output)

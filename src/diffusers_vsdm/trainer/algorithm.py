@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from ..normalizer import DataNormalizer
 from ..objectives import denoising_score_matching, time_probabilities
+from ..pipelines.pipeline_vsdm import default_num_steps
 from ..schedulers import VSDMScheduler
 from ..stochastic_approximation import StageOutput, StochasticApproximation
 from .averaging import averaged
@@ -37,14 +38,14 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import RunConfig
+from .learner import learner_state, load_learner
 from .setup import as_it_is, build_accelerator, build_optimizer, build_scheduler, seed_dropout
-from .sharding import gathered, is_sharded, laid_out_like, split_like, whole_network
+from .sharding import is_sharded, whole_network
 
 
 LOSS_WINDOW = 100
 # of the weights that stages simulate with: the raw ones double the noise of the moments, slower ones lag behind lambda
 STAGE_EMA_DECAY = 0.99
-STAGE_TENSORS = ("sign_changes", "last_gradient")  # of stochastic approximation, in a checkpoint
 
 
 @dataclass
@@ -142,8 +143,6 @@ class BaseTrainer(ABC):
         if config.sa_update == "ipf":  # which looks at the forward process too
             samples = next(iter(self._moment_batches()))[: config.sa_trajectories].to(self.accelerator.device)
             self.samples = samples if self.normalizer is None else self.normalizer.normalize(samples)
-        if config.ddpm_num_inference_steps:  # or else it would be found out after hours
-            VSDMScheduler.from_config(self.scheduler.config).set_timesteps(config.ddpm_num_inference_steps)
         self.network = self._build_network()
         self.optimizer = build_optimizer(config, self.network, config.learning_rate, self.accelerator.device)
         # stepped by hand, once for each step of the optimizer, whatever the processes and the accumulation
@@ -165,24 +164,8 @@ class BaseTrainer(ABC):
         self.model, self.prepared_optimizer, self.loader = self.accelerator.prepare(
             self.network, self.optimizer, loader
         )
-        self.approximation = StochasticApproximation(
-            self.drift,
-            self.scheduler.integrated_beta,
-            zeta=config.zeta,
-            zeta_placement=config.zeta_placement,
-            update=config.sa_update,
-            prior=config.sa_prior,
-            prior_variance=1.0 if config.prior_type == "standard" else None,
-            variance_exploding=self.scheduler.is_variance_exploding,
-            num_trajectories=config.sa_trajectories,
-            num_steps=config.sa_steps or None,
-            batch_size=config.sa_batch_size or None,
-            step_scale=config.sa_step_scale,
-            step_offset=config.sa_step_offset,
-            step_power=config.sa_step_power,
-            step_count=config.sa_step_count,
-            seed=config.seed,
-        )
+        self.approximation = self._new_approximation() if config.stage_steps else None
+        self._check_sampling()
         self.generator = torch.Generator(self.accelerator.device)
         self.ema = self._new_ema(STAGE_EMA_DECAY if config.stage_steps else config.ema_max_decay)
         self.step = 0
@@ -237,8 +220,8 @@ class BaseTrainer(ABC):
     def _stage_condition(self, network: torch.nn.Module, x: Tensor, condition: Tensor | None) -> dict[str, Tensor]:
         """What the network is told of simulated samples `x` and of the entries of `_stage_examples` that they have."""
 
-    def _stage_examples(self, network: torch.nn.Module) -> Tensor | None:
-        """A condition for each trajectory of a stage, `(sa_trajectories, ...)`."""
+    def _stage_examples(self, network: torch.nn.Module, number: int) -> Tensor | None:
+        """A condition for each trajectory of a stage, `(sa_trajectories, ...)`; `number` stages went before it."""
         return None
 
     def _finish(self, result: TrainingResult) -> TrainingResult:
@@ -271,8 +254,8 @@ class BaseTrainer(ABC):
         while self.step < config.max_train_steps:
             self._gradient_step(batches)
             self.step += 1
-            if self.step in stages:
-                self._stage()
+            if self.approximation is not None and self.step in stages:
+                self._stage(self.approximation)
             if self.step == config.adaptive_steps and stages:
                 # from here to the end the network meets only the lambda that is saved with it
                 self.drift.set_lambda(self.drift.average(config.sa_average))
@@ -301,7 +284,7 @@ class BaseTrainer(ABC):
             final_loss=self.losses.mean().item(),
             seconds=self.seconds,
             sa_seconds=self.sa_seconds,
-            sa_skipped=self.approximation.num_skipped,
+            sa_skipped=0 if self.approximation is None else self.approximation.num_skipped,
         )
         return self._finish(result)
 
@@ -389,7 +372,7 @@ class BaseTrainer(ABC):
             return tensor  # a device without float64 has no place for it
         return accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu()
 
-    def _stage(self) -> StageOutput:
+    def _stage(self, approximation: StochasticApproximation) -> StageOutput:
         """Stochastic approximation: simulate with the network as it is, step lambda."""
         started = time.perf_counter()
         accelerator = self.accelerator
@@ -399,14 +382,14 @@ class BaseTrainer(ABC):
                 told = self._stage_condition(network, x, condition)
                 return self.scheduler.get_score(self._predict(network, x, k, told), k, x)
 
-            output = self.approximation.update(
+            output = approximation.update(
                 score,
                 device=accelerator.device,
                 process_index=accelerator.process_index,
                 num_processes=accelerator.num_processes,
                 reduce_sum=self._summed,
                 data=self.samples,
-                condition=self._stage_examples(network),
+                condition=self._stage_examples(network, approximation.num_stages),
             )
         self.sa_seconds += time.perf_counter() - started
         self.lambdas.append(output.lam)
@@ -418,6 +401,34 @@ class BaseTrainer(ABC):
         """The network in evaluation, with its averaged weights and without a distributed wrapper."""
         self.last_loss = None
         return averaged(self.network, self.ema)
+
+    def _check_sampling(self) -> None:
+        """Take the first step of sampling; what is wrong with it would be found out after hours."""
+        scheduler, generator = VSDMScheduler.from_config(self.scheduler.config), torch.Generator()
+        scheduler.set_timesteps(self.config.ddpm_num_inference_steps or default_num_steps(scheduler))
+        x = scheduler.sample_prior((1, *self.dataset.event_shape), generator)
+        scheduler.step(x, scheduler.timesteps[0], x, generator=generator)
+
+    def _new_approximation(self) -> StochasticApproximation:
+        config = self.config
+        return StochasticApproximation(
+            self.drift,
+            self.scheduler.integrated_beta,
+            zeta=config.zeta,
+            zeta_placement=config.zeta_placement,
+            update=config.sa_update,
+            prior=config.sa_prior,
+            prior_variance=1.0 if config.prior_type == "standard" else None,
+            variance_exploding=self.scheduler.is_variance_exploding,
+            num_trajectories=config.sa_trajectories,
+            num_steps=config.sa_steps or None,
+            batch_size=config.sa_batch_size or None,
+            step_scale=config.sa_step_scale,
+            step_offset=config.sa_step_offset,
+            step_power=config.sa_step_power,
+            step_count=config.sa_step_count,
+            seed=config.seed,
+        )
 
     def _new_ema(self, decay: float) -> EMAModel | None:
         if not self.config.use_ema:
@@ -440,9 +451,9 @@ class BaseTrainer(ABC):
     def save(self) -> None:
         """Write `checkpoint-{step}` on the main process."""
         is_main = self.accelerator.is_main_process
-        tensors = self._tensors() if is_main or is_sharded(self.network) else {}
-        if is_main:
-            save_checkpoint(self.folder, self.step, tensors, self._numbers(), self.config.checkpoints_total_limit)
+        state = self._state() if is_main or is_sharded(self.network) else None
+        if is_main and state is not None:
+            save_checkpoint(self.folder, self.step, *state, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
 
     def load(self, path: Path) -> None:
@@ -459,33 +470,15 @@ class BaseTrainer(ABC):
                 f"The checkpoint {path} is of a run on other data, whose variance differs: give those, or start a new"
                 " run in another `output_dir`."
             )
-        known = self.network.state_dict()
-        self.network.load_state_dict(
-            {name: split_like(tensor, known[name]) for name, tensor in inside(tensors, "network").items()}
-        )
         self.drift.load_state_dict(inside(tensors, "drift"))
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        moments = inside(tensors, "optimizer")
-        state = {
-            int(i): {name: laid_out_like(tensor, parameters[int(i)]) for name, tensor in inside(moments, i).items()}
-            for i in numbers["optimizer_indices"]
-        }
-        self.optimizer.load_state_dict({"state": state, "param_groups": numbers["param_groups"]})
+        load_learner(self.network, self.optimizer, self.ema, tensors, numbers)
         self.lr_scheduler.load_state_dict(self.lr_scheduler.state_dict() | numbers["lr_scheduler"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
-        if self.ema is not None:
-            device = self.accelerator.device
-            shadow = [
-                laid_out_like(tensors[f"ema.{i}"].to(device), known) for i, known in enumerate(self.ema.shadow_params)
-            ]
-            self.ema.load_state_dict(numbers["ema"] | {"shadow_params": shadow})
         self.lambdas = list(tensors["lambdas"])
         self.losses = tensors["losses"].to(self.accelerator.device)
-        for name in STAGE_TENSORS:
-            setattr(self.approximation, name, tensors[name])
-        self.approximation.num_stages = numbers["num_stages"]
-        self.approximation.num_skipped = numbers["num_skipped"]
+        if self.approximation is not None:
+            self.approximation.load_state_dict(inside(tensors, "stages"))
         self.step, self.seconds, self.sa_seconds = numbers["step"], numbers["seconds"], numbers["sa_seconds"]
 
     def _identity(self) -> dict[str, Any]:
@@ -496,33 +489,20 @@ class BaseTrainer(ABC):
             network=json.loads(json.dumps({k: v for k, v in self.network.config.items() if not k.startswith("_")})),
         )
 
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, numbers = learner_state(self.network, self.optimizer, self.ema)
         tensors |= {f"drift.{name}": tensor for name, tensor in self.drift.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
-        if self.ema is not None:
-            tensors |= {f"ema.{i}": tensor for i, tensor in enumerate(self.ema.shadow_params)}
         tensors |= {"lambdas": torch.stack(self.lambdas), "losses": self.losses}
-        tensors |= {name: getattr(self.approximation, name) for name in STAGE_TENSORS}
-        return {name: gathered(tensor).contiguous() for name, tensor in tensors.items()}
-
-    def _numbers(self) -> dict[str, Any]:
-        optimizer = self.optimizer.state_dict()
-        ema = {} if self.ema is None else self.ema.state_dict()
+        if self.approximation is not None:
+            tensors |= {f"stages.{name}": tensor for name, tensor in self.approximation.state_dict().items()}
         schedule = self.lr_scheduler.state_dict()
-        return {
+        return tensors, numbers | {
             "config": self._identity(),
             "step": self.step,
             "seconds": self.seconds,
             "sa_seconds": self.sa_seconds,
-            "num_stages": self.approximation.num_stages,
-            "num_skipped": self.approximation.num_skipped,
-            "optimizer_indices": [str(i) for i in optimizer["state"]],
-            "param_groups": optimizer["param_groups"],
             "lr_scheduler": {key: value for key, value in schedule.items() if _is_plain(value)},
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-            "ema": {key: value for key, value in ema.items() if key != "shadow_params"},
         }
 
 

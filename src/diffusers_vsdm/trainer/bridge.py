@@ -60,10 +60,10 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import TrainingConfig, setting
+from .learner import learner_state, load_learner
 from .loop import train
 from .processes import process_state
 from .setup import build_accelerator, build_data, build_network, build_optimizer, mirrored, on_device, seed_dropout
-from .sharding import laid_out_like
 
 
 OBJECTIVES = ("matching", "alternating", "joint")
@@ -451,19 +451,11 @@ class BridgeTrainer:
     def save(self) -> None:
         """Write `bridge/checkpoint-{half bridge}`."""
         tensors: dict[str, Tensor] = {}
+        numbers: dict[str, Any] = {"config": self._identity(), "half": self.half}
+        numbers |= {"losses": self.losses, "seconds": self.seconds}
         for name, side in self._named().items():
-            tensors |= {f"{name}.network.{key}": t for key, t in side.network.state_dict().items()}
-            tensors |= {f"{name}.ema.{i}": t for i, t in enumerate(side.ema.shadow_params)}
-            for i, state in side.optimizer.state_dict()["state"].items():
-                tensors |= {f"{name}.optimizer.{i}.{key}": t for key, t in state.items()}
-        numbers = {
-            "config": self._identity(),
-            "half": self.half,
-            "losses": self.losses,
-            "seconds": self.seconds,
-            "ema_steps": {name: side.ema.optimization_step for name, side in self._named().items()},
-        }
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            own, numbers[name] = learner_state(side.network, side.optimizer, side.ema)
+            tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
         save_checkpoint(self.folder, self.half, tensors, numbers, self.config.checkpoints_total_limit)
 
     def load(self, path: Path) -> None:
@@ -475,19 +467,7 @@ class BridgeTrainer:
         tensors, numbers = load_checkpoint(path)
         check_settings(path, numbers["config"], self._identity(), self.config.default_identity())
         for name, side in self._named().items():
-            own = inside(tensors, name)
-            side.network.load_state_dict(inside(own, "network"))
-            for i, shadow in enumerate(side.ema.shadow_params):
-                shadow.copy_(own[f"ema.{i}"])
-            side.ema.optimization_step = numbers["ema_steps"][name]
-            groups = side.optimizer.state_dict()
-            moments = inside(own, "optimizer")
-            state = {
-                i: {name: laid_out_like(tensor, parameter) for name, tensor in found.items()}
-                for i, parameter in enumerate(side.network.parameters())
-                if (found := inside(moments, str(i)))
-            }
-            side.optimizer.load_state_dict(groups | {"state": state})
+            load_learner(side.network, side.optimizer, side.ema, inside(tensors, name), numbers[name])
         self.half, self.losses, self.seconds = numbers["half"], numbers["losses"], numbers["seconds"]
 
     def _identity(self) -> dict[str, Any]:

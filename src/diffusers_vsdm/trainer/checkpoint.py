@@ -59,7 +59,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
         shutil.rmtree(leftover)
     try:
         unfinished.mkdir(parents=True)
-        safetensors.torch.save_file(tensors, unfinished / TENSORS)
+        safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished / TENSORS)
         (unfinished / NUMBERS).write_text(json.dumps(state))
         for file in unfinished.iterdir():
             with file.open("rb") as written:

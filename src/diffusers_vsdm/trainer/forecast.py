@@ -278,13 +278,13 @@ class ForecastTrainer(BaseTrainer):
         mean = torch.zeros(()) if self.normalizer is None else self.normalizer.mean
         return torch.where(missing, mean.to(z), z), {"inputs": inputs}, 1 - missing.to(z.dtype)
 
-    def _stage_examples(self, network: Any) -> Tensor:
+    def _stage_examples(self, network: Any, number: int) -> Tensor:
         """What the encoder knows at some time of a training window, for each trajectory."""
-        number, stage = self.config.sa_trajectories, self.approximation.num_stages
-        inputs, _ = self.dataset.__getitems__(self._some_windows(self.dataset, number, 2, stage))
+        trajectories = torch.arange(self.config.sa_trajectories)
+        inputs, _ = self.dataset.__getitems__(self._some_windows(self.dataset, len(trajectories), 2, number))
         with torch.no_grad():
             condition, _ = network.encode(inputs.to(self.accelerator.device))
-        return condition[torch.arange(number), torch.arange(number) % condition.shape[1]]
+        return condition[trajectories, trajectories % condition.shape[1]]
 
     def _stage_condition(self, network: Any, x: Tensor, condition: Any) -> dict[str, Tensor]:
         return {"condition": condition}

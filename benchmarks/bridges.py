@@ -70,8 +70,6 @@ PATIENT = {"SB-FBSDE, matching, 12 stages": METHODS["SB-FBSDE, matching"] | {"br
 EXTRA = {
     "spiral-8y": SHORTER,
     "8gaussians": DEFAULTS | AS_MANY,
-    "moons": AS_MANY,
-    "checkerboard": AS_MANY,
     "moons to 8gaussians, wide": PATIENT,
 }
 TOYS = ("8gaussians", "moons", "checkerboard", "spiral-8y")
@@ -87,13 +85,14 @@ BETWEEN: dict[str, dict[str, Any]] = {
 }
 LIKELIHOODS = 10_000
 COUNTS = ("max_train_steps", "bridge_steps")
-KNOWN_METHODS = {"SGM": {"baseline": "sgm"}, "VSDM": {"baseline": "none"}} | {
+KNOWN_METHODS: dict[str, dict[str, Any]] = {"SGM": {"baseline": "sgm"}, "VSDM": {"baseline": "none"}} | {
     name: {key: value for key, value in METHODS[name].items() if key != "beta_max"}
     for name in (*HALF_BRIDGES, "SB-FBSDE, joint")
 }
+ALL_THE_WAY = {"VSDM, zeta 1": {"baseline": "none", "zeta": 1.0}}  # to the prior
 TRANSPORT_METHODS = {  # of many problems, with half as many steps
     name: method | {key: value // 2 for key, value in ({"max_train_steps": STEPS} | method).items() if key in COUNTS}
-    for name, method in KNOWN_METHODS.items()
+    for name, method in (KNOWN_METHODS | ALL_THE_WAY).items()
 }
 DIMENSIONS, EPSILONS = (2, 16, 64), (0.1, 1, 10)
 POWER = 1.7  # of the power law

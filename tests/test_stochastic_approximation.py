@@ -248,6 +248,26 @@ def test_bad_settings_name_themselves(setting):
 def test_bad_table():
     with pytest.raises(ValueError, match="integrated_beta"):
         StochasticApproximation(AdaptiveDiagonalDrift((2,)), G.flip(0))
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        StochasticApproximation(AdaptiveDiagonalDrift((2,)), torch.cat([G[:-1], torch.tensor([torch.inf]).double()]))
+
+
+@pytest.mark.parametrize("step_count", ["stages", "sign_changes"])
+def test_stages_go_on_from_a_state(step_count):
+    def fresh():
+        drift = AdaptiveDiagonalDrift((2,))
+        settings = {"num_trajectories": 8, "num_steps": 20, "step_count": step_count, "clip": 10.0}
+        return StochasticApproximation(drift, G, **settings)
+
+    def run(approximation, stages):
+        return [approximation.update(exact_score(approximation.drift)).lam for _ in range(stages)][-1]
+
+    whole, first, second = fresh(), fresh(), fresh()
+    expected = run(whole, 6)
+    run(first, 4)
+    second.drift.load_state_dict(first.drift.state_dict())
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(run(second, 2), expected) and second.num_stages == 6
 
 
 def test_the_error_falls_with_the_step_size():

@@ -101,15 +101,16 @@ ENDS, REFERENCE = 20_000, 100_000
 MEAN, COVARIANCE = (1.0, -0.5), ((2.0, 1.0), (1.0, 1.5))
 TURNING = 2.0  # radians in a unit of g: turned paths end in the same Gaussian
 JOINT = KNOWN_METHODS["SB-FBSDE, joint"]
-LENGTHS = {"": 1, ", five times as long": 5}
+STARTS = (("", 0.0), ("", 0.1), ("", 1.0), (" from turning paths", 0.0), (" from turning paths", 1.0))
 GAUSSIAN_METHODS = {name: KNOWN_METHODS[name] for name in HALF_BRIDGES} | {
-    f"SB-FBSDE, joint{start}, control energy {weight}{length}": JOINT
-    | {"control_energy": weight, "bridge_steps": JOINT["bridge_steps"] * times}
-    for start in ("", " from turning paths")
-    for weight in (0.0, 1.0)
-    for length, times in LENGTHS.items()
+    f"SB-FBSDE, joint{start}, control energy {weight}": JOINT | {"control_energy": weight} for start, weight in STARTS
 }
-GAUSSIAN_METHODS["SB-FBSDE, joint, control energy 0.1"] = JOINT | {"control_energy": 0.1}
+LONGER = 5
+GAUSSIAN_METHODS |= {
+    f"{name}, five times as long": method | {"bridge_steps": LONGER * method["bridge_steps"]}
+    for name, method in GAUSSIAN_METHODS.items()
+    if "turning" in name
+}
 
 
 def trained(config: Any, method: str) -> tuple[Any, dict[str, float]]:

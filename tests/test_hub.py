@@ -323,6 +323,6 @@ def test_trains_on_a_data_set_by_its_name(hub, tmp_path):
     assert found["final_loss"] == pytest.approx(local.final_loss, rel=1e-4)
 
     # a private one is none for others
-    code = "from diffusers_vsdm.data import load_images; load_images('alice/pictures')"
+    code = "from diffusers_vsdm.data.images import load_images; load_images('alice/pictures')"
     outcome = run_python(["-c", code], tmp_path, hub.environment(tmp_path / "bob", "bob"))
     assert "'alice/pictures' could not be loaded" in outcome.stderr.splitlines()[-1]
